@@ -1,0 +1,369 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What every kernel computes, in plain torch: the contract that the fast backends are tested against.
+
+All functions work on the storage of `headkv_mm.ragged.RaggedKV`. B rows, G KV heads, R query heads per KV head,
+H = G * R query heads, D head size, N slots:
+
+    keys, values  [N, D]  model dtype   one slot per entry
+    positions     [N]     int32         position of the entry in its row, -1 = empty
+    start         [B, G]  int32         first slot of the region of (row, head)
+    length        [B, G]  int32         filled slots; `start .. start + length` is packed, in any order
+    mass          [N]     float32       optional running attention per slot
+
+Regions never overlap, and nothing outside a filled region is ever read. The loops here are meant to be read, and to be
+exact in whatever dtype comes in (float64 included); speed is the business of `cpu` (numba) and `gpu` (Triton).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+
+STRATA_UNITS = 1024
+"""The strata ratio is rounded to 1/1024, so that every backend cuts at the same entry."""
+
+
+def _accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def _regions(start: Tensor, length: Tensor) -> Iterator[tuple[int, int, slice]]:
+    """Yield (row, head, slots) for every region that holds something."""
+    starts, lengths = start.tolist(), length.tolist()
+    for b in range(len(starts)):
+        for g in range(len(starts[b])):
+            if lengths[b][g] > 0:
+                yield b, g, slice(starts[b][g], starts[b][g] + lengths[b][g])
+
+
+def slot_write(
+    new_keys: Tensor,
+    new_values: Tensor,
+    new_positions: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    positions: Tensor,
+    start: Tensor,
+    length: Tensor,
+    mass: Tensor | None = None,
+) -> None:
+    """Append one entry to every region, in place.
+
+    Args:
+        new_keys: [B, G, D] keys after rotation.
+        new_values: [B, G, D].
+        new_positions: [B] int32, the position of the new token in its row.
+        keys, values, positions, start, length: the storage; `length` grows by one.
+        mass: [N] float32; the new slot starts at zero.
+
+    The caller guarantees a free slot in every region (capacities are known on the host, so nothing is checked here).
+    """
+    slots = (start + length).long()  # [B, G]
+    keys[slots] = new_keys.to(keys.dtype)
+    values[slots] = new_values.to(values.dtype)
+    positions[slots] = new_positions[:, None].expand_as(slots).to(positions.dtype)
+    if mass is not None:
+        mass[slots] = 0.0
+    length += 1
+
+
+def ragged_decode(
+    query: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    start: Tensor,
+    length: Tensor,
+    *,
+    scale: float,
+    max_length: int | None = None,
+    softcap: float = 0.0,
+    sinks: Tensor | None = None,
+    mass: Tensor | None = None,
+) -> Tensor:
+    """Attention of one query token per row over its regions.
+
+    Args:
+        query: [B, H, D], head h reads KV head h // R.
+        scale: multiplies q.k.
+        max_length: an upper bound of `length` known on the host; lets a launcher size its grid without asking the
+            device. None: read it from `length`.
+        softcap: if > 0, logits become `softcap * tanh(logit / softcap)`.
+        sinks: [H], one extra logit per query head that takes part in the softmax and has no value.
+        mass: [N] float32; the attention each slot received, summed over the group's query heads, is added to it.
+
+    Returns:
+        [B, H, D] in the query's dtype; zeros where a region is empty.
+    """
+    del max_length
+    batch, heads, _ = query.shape
+    group = heads // start.shape[1]
+    dtype = _accumulation_dtype(query.dtype)
+    out = torch.zeros_like(query)
+    for b, g, slots in _regions(start, length):
+        h = slice(g * group, (g + 1) * group)
+        logits = query[b, h].to(dtype) @ keys[slots].to(dtype).T * scale  # [R, n]
+        if softcap > 0:
+            logits = softcap * torch.tanh(logits / softcap)
+        if sinks is None:
+            weights = logits.softmax(-1)
+        else:
+            weights = torch.cat([logits, sinks[h, None].to(dtype)], -1).softmax(-1)[:, :-1]
+        out[b, h] = (weights @ values[slots].to(dtype)).to(out.dtype)
+        if mass is not None:
+            mass[slots] += weights.sum(0).to(mass.dtype)
+    return out
+
+
+def append_decode(
+    query: Tensor,
+    new_keys: Tensor,
+    new_values: Tensor,
+    new_positions: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    positions: Tensor,
+    start: Tensor,
+    length: Tensor,
+    *,
+    scale: float,
+    max_length: int | None = None,
+    softcap: float = 0.0,
+    sinks: Tensor | None = None,
+    mass: Tensor | None = None,
+) -> Tensor:
+    """`slot_write`, then `ragged_decode` over the region with the new entry in it: one decode step of one layer.
+
+    `max_length` bounds the length after the write. Shapes as in the two functions.
+    """
+    slot_write(new_keys, new_values, new_positions, keys, values, positions, start, length, mass)
+    return ragged_decode(
+        query,
+        keys,
+        values,
+        start,
+        length,
+        scale=scale,
+        max_length=max_length,
+        softcap=softcap,
+        sinks=sinks,
+        mass=mass,
+    )
+
+
+def window_mass(
+    queries: Tensor,
+    query_positions: Tensor,
+    keys: Tensor,
+    positions: Tensor,
+    start: Tensor,
+    length: Tensor,
+    *,
+    scale: float,
+    first_position: Tensor | None = None,
+) -> Tensor:
+    """Mean attention of a window of queries, per slot.
+
+    Each query's softmax runs over the slots it may see: positions at most its own and, where `first_position` is given,
+    at least that (so that condition tokens stay out of the mass). Means run over the window and the group, so the
+    result sums to one over a region that every query can see something of. A query that sees nothing adds nothing.
+
+    Args:
+        queries: [B, Q, H, D].
+        query_positions: [B, Q] int32.
+        first_position: [B] int32 or None.
+
+    Returns:
+        [N] float32 (float64 for float64 input), zero outside the regions.
+    """
+    batch, window, heads, _ = queries.shape
+    group = heads // start.shape[1]
+    dtype = _accumulation_dtype(queries.dtype)
+    mass = torch.zeros(keys.shape[0], dtype=dtype, device=keys.device)
+    for b, g, slots in _regions(start, length):
+        q = queries[b, :, g * group : (g + 1) * group].to(dtype)  # [Q, R, D]
+        logits = q @ keys[slots].to(dtype).T * scale  # [Q, R, n]
+        visible = positions[slots][None, :] <= query_positions[b][:, None]  # [Q, n]
+        if first_position is not None:
+            visible &= (positions[slots] >= first_position[b])[None, :]
+        logits = logits.masked_fill(~visible[:, None], float("-inf"))
+        weights = logits.softmax(-1).nan_to_num(0.0)
+        mass[slots] = weights.sum((0, 1)) / (window * group)
+    return mass
+
+
+def tokens_needed(mass: Tensor, positions: Tensor, start: Tensor, length: Tensor, *, tau: float) -> Tensor:
+    """How many of the newest entries hold a share `tau` of each region's mass.
+
+    Mass is accumulated backward from the newest position (arXiv 2605.20600, head grouping).
+
+    Returns:
+        [B, G] int32; 0 for an empty region or one without mass.
+    """
+    needed = torch.zeros_like(start)
+    for b, g, slots in _regions(start, length):
+        newest_first = positions[slots].argsort(descending=True)
+        accumulated = mass[slots][newest_first].cumsum(0)
+        total = accumulated[-1]
+        if total > 0:
+            # Entries before the target, plus the one that reaches it; the clamp guards against rounding.
+            needed[b, g] = min(int((accumulated < tau * total).sum()) + 1, len(accumulated))
+    return needed
+
+
+def head_mass(
+    queries: Tensor,
+    query_positions: Tensor,
+    keys: Tensor,
+    positions: Tensor,
+    start: Tensor,
+    length: Tensor,
+    *,
+    scale: float,
+    tau: float,
+    first_position: Tensor | None = None,
+) -> Tensor:
+    """Tokens needed, counted backward, for a share `tau` of the window's attention: `window_mass` + `tokens_needed`.
+
+    Returns:
+        [B, G] int32.
+    """
+    mass = window_mass(
+        queries, query_positions, keys, positions, start, length, scale=scale, first_position=first_position
+    )
+    return tokens_needed(mass, positions, start, length, tau=tau)
+
+
+def mean_query_logits(mean_query: Tensor, keys: Tensor, start: Tensor, length: Tensor, *, scale: float) -> Tensor:
+    """Logit of the mean query for every slot, averaged over the group.
+
+    The mean of logits over queries is the logit of the mean query, so a running mean is all that must be stored.
+
+    Args:
+        mean_query: [B, H, D], float32 or wider.
+
+    Returns:
+        [N] float32 (float64 for float64 input), zero outside the regions.
+    """
+    batch, heads, _ = mean_query.shape
+    group = heads // start.shape[1]
+    dtype = _accumulation_dtype(mean_query.dtype)
+    logits = torch.zeros(keys.shape[0], dtype=dtype, device=keys.device)
+    for b, g, slots in _regions(start, length):
+        q = mean_query[b, g * group : (g + 1) * group].to(dtype).mean(0)  # [D]
+        logits[slots] = keys[slots].to(dtype) @ q * scale
+    return logits
+
+
+def stratified_victims(
+    scores: Tensor,
+    positions: Tensor,
+    start: Tensor,
+    length: Tensor,
+    *,
+    first: Tensor,
+    last: Tensor,
+    evict: Tensor,
+    strata_ratio: float,
+) -> Tensor:
+    """Choose what leaves each region: stratified token eviction (arXiv 2605.20600).
+
+    Candidates are the T entries with `first <= position < last`; everything else is protected. Sorted by position, the
+    oldest `strata_ratio` of them form the long stratum (counted in 1/`STRATA_UNITS`, rounded down), the others the near
+    one. Of M = min(evict, T) victims `M - M // 2` come from near and the rest from long, each stratum giving its lowest scores; what one stratum cannot
+    give, the other does. `strata_ratio = 0` is plain lowest-score eviction. Equal scores: the older entry leaves.
+
+    Args:
+        scores: [N], higher stays.
+        first, last: [B, G] int32, bounds of the evictable positions.
+        evict: [B, G] int32, how many entries should leave (at most T do; negative counts as zero).
+        strata_ratio: 0 <= ratio <= 1.
+
+    Returns:
+        [N] bool, True for the victims.
+    """
+    victims = torch.zeros(positions.shape[0], dtype=torch.bool, device=positions.device)
+    for b, g, slots in _regions(start, length):
+        position = positions[slots]
+        candidate = ((position >= first[b, g]) & (position < last[b, g])).nonzero()[:, 0]
+        candidate = candidate[position[candidate].argsort()]  # oldest first
+        total = len(candidate)
+        count = min(max(int(evict[b, g]), 0), total)
+        n_long = total * round(strata_ratio * STRATA_UNITS) // STRATA_UNITS
+        n_near = total - n_long
+        from_near = min(count - count // 2, n_near)
+        from_long = min(count - from_near, n_long)
+        from_near = count - from_long
+        for stratum, k in ((candidate[:n_long], from_long), (candidate[n_long:], from_near)):
+            # A stable sort of entries in position order puts the older of two equals first.
+            lowest = scores[slots][stratum].argsort(stable=True)[:k]
+            victims[slots.start + stratum[lowest]] = True
+    return victims
+
+
+def fill_holes(
+    victims: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    positions: Tensor,
+    start: Tensor,
+    length: Tensor,
+    mass: Tensor | None = None,
+) -> None:
+    """Remove the victims, in place, and keep every region packed.
+
+    Holes inside the new length are filled, in slot order, with the survivors that lie beyond it, also in slot order: at
+    most as many entries move as leave. Freed slots get position -1. `length` shrinks by the number of victims.
+    """
+    for b, g, slots in _regions(start, length):
+        flags = victims[slots]
+        kept = int((~flags).sum())
+        holes = flags[:kept].nonzero()[:, 0] + slots.start
+        movers = (~flags[kept:]).nonzero()[:, 0] + slots.start + kept
+        for tensor in (keys, values, positions, mass):
+            if tensor is not None:
+                tensor[holes] = tensor[movers]
+        positions[slots.start + kept : slots.stop] = -1
+        length[b, g] = kept
+
+
+def gather_regions(
+    rows: Tensor,
+    keep: Tensor | None,
+    keys: Tensor,
+    values: Tensor,
+    positions: Tensor,
+    start: Tensor,
+    length: Tensor,
+    new_keys: Tensor,
+    new_values: Tensor,
+    new_positions: Tensor,
+    new_start: Tensor,
+    new_length: Tensor,
+    mass: Tensor | None = None,
+    new_mass: Tensor | None = None,
+) -> None:
+    """Copy kept entries into new regions: grouping, prefill selection, growth, and reordering of rows.
+
+    Args:
+        rows: [B'] int64, the old row that each new row takes.
+        keep: [N] bool, or None for everything.
+        new_keys, new_values: [N', D]; new_positions: [N'] int32; new_start, new_length: [B', G] int32. Written in
+            place: entries keep their slot order, the rest of `new_positions` is left as it is (callers pass -1).
+        mass, new_mass: copied along when both are given.
+    """
+    starts, lengths, new_starts = start.tolist(), length.tolist(), new_start.tolist()
+    for b, old in enumerate(rows.tolist()):
+        for g in range(start.shape[1]):
+            slots = torch.arange(starts[old][g], starts[old][g] + lengths[old][g], device=keys.device)
+            if keep is not None:
+                slots = slots[keep[slots]]
+            target = slice(new_starts[b][g], new_starts[b][g] + len(slots))
+            new_keys[target] = keys[slots]
+            new_values[target] = values[slots]
+            new_positions[target] = positions[slots]
+            if mass is not None and new_mass is not None:
+                new_mass[target] = mass[slots]
+            new_length[b, g] = len(slots)
