@@ -1,0 +1,182 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`window_mass`: mean attention of a window of queries per slot, without a [Q, n] matrix in memory.
+
+Two passes over the keys. The first leaves each query's log-sum-exp over every part of the region, the second turns
+logits into weights and sums them over the window. Query rows of a region are numbered m = query * R + head of the group.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from .common import (
+    LOG2E,
+    NEGATIVE,
+    STAGES,
+    block_slots,
+    check_contiguous,
+    check_storage,
+    dot_keys,
+    load_tile,
+    logits_base2,
+    padded_head_size,
+    programs_per_region,
+    upcast,
+)
+
+
+@triton.jit
+def _window_rows(row, m, G, WINDOW: tl.constexpr, R: tl.constexpr):
+    """Index of query row m of a region in [B, Q, H], and of its position in [B, Q]."""
+    b = row // G
+    at = b * WINDOW + m // R
+    return at * (G * R) + (row % G) * R + m % R, at
+
+
+@triton.jit
+def _visible(positions, slots, ok, query_position, query_ok, first_position, b):
+    """[m, n]: which slots each query sees."""
+    position = tl.load(positions + slots, mask=ok, other=0)
+    if first_position is not None:
+        ok = ok & (position >= tl.load(first_position + b))
+    return ok[None, :] & query_ok[:, None] & (position[None, :] <= query_position[:, None])
+
+
+@triton.jit
+def window_lse_kernel(
+    queries,  # [B, Q, H, D]
+    query_positions,  # [B, Q]
+    keys,  # [N, D]
+    positions,  # [N]
+    start,  # [B, G]
+    length,  # [B, G]
+    first_position,  # [B] or None
+    lse,  # [B * G, parts, Q * R] float32, natural; -inf where a query sees nothing
+    scale,
+    G,
+    WINDOW: tl.constexpr,
+    R: tl.constexpr,
+    D: tl.constexpr,
+    DP: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    UPCAST: tl.constexpr,
+    STAGES: tl.constexpr,
+):
+    row = tl.program_id(0).to(tl.int64)
+    part = tl.program_id(1)
+    parts = tl.num_programs(1)
+    n = tl.load(length + row)
+    base = tl.load(start + row).to(tl.int64)
+    m = tl.program_id(2) * BLOCK_M + tl.arange(0, BLOCK_M)
+    m_ok = m < WINDOW * R
+    index, at = _window_rows(row, m, G, WINDOW, R)
+    q = load_tile(queries, index, m_ok, D, DP)
+    query_position = tl.load(query_positions + at, mask=m_ok, other=-1)
+    peak = tl.full([BLOCK_M], NEGATIVE, tl.float32)
+    total = tl.zeros([BLOCK_M], tl.float32)
+    for first in tl.range(part * BLOCK_N, n, parts * BLOCK_N, num_stages=STAGES):
+        t = first + tl.arange(0, BLOCK_N)
+        ok = t < n
+        k = load_tile(keys, base + t, ok, D, DP)
+        logits = logits_base2(dot_keys(q, k, UPCAST), scale, 0.0, False)  # [BLOCK_M, BLOCK_N]
+        visible = _visible(positions, base + t, ok, query_position, m_ok, first_position, row // G)
+        logits = tl.where(visible, logits, NEGATIVE)
+        new_peak = tl.maximum(peak, tl.max(logits, 1))
+        # A block may hold nothing that a query sees, so masked weights are zeroed rather than left to exp2.
+        weights = tl.where(visible, tl.exp2(logits - new_peak[:, None]), 0.0)
+        total = total * tl.exp2(peak - new_peak) + tl.sum(weights, 1)
+        peak = new_peak
+    seen = total > 0.0
+    value = (peak + tl.log2(tl.where(seen, total, 1.0))) / LOG2E
+    place = (row * parts + part) * (WINDOW * R) + m
+    tl.store(lse + place, tl.where(seen, value, float("-inf")), mask=m_ok)
+
+
+@triton.jit
+def window_mass_kernel(
+    queries,  # [B, Q, H, D]
+    query_positions,  # [B, Q]
+    keys,  # [N, D]
+    positions,  # [N]
+    start,  # [B, G]
+    length,  # [B, G]
+    first_position,  # [B] or None
+    lse,  # [B * G, Q * R] float32, natural
+    mass,  # [N] float32
+    scale,
+    G,
+    WINDOW: tl.constexpr,
+    R: tl.constexpr,
+    D: tl.constexpr,
+    DP: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    UPCAST: tl.constexpr,
+):
+    row = tl.program_id(0).to(tl.int64)
+    n = tl.load(length + row)
+    base = tl.load(start + row).to(tl.int64)
+    for first in tl.range(tl.program_id(1) * BLOCK_N, n, tl.num_programs(1) * BLOCK_N):
+        t = first + tl.arange(0, BLOCK_N)
+        ok = t < n
+        k = load_tile(keys, base + t, ok, D, DP)
+        received = tl.zeros([BLOCK_N], tl.float32)
+        for m_first in tl.range(0, WINDOW * R, BLOCK_M):
+            m = m_first + tl.arange(0, BLOCK_M)
+            m_ok = m < WINDOW * R
+            index, at = _window_rows(row, m, G, WINDOW, R)
+            q = load_tile(queries, index, m_ok, D, DP)
+            query_position = tl.load(query_positions + at, mask=m_ok, other=-1)
+            total = tl.load(lse + row * (WINDOW * R) + m, mask=m_ok, other=0.0)
+            logits = logits_base2(dot_keys(q, k, UPCAST), scale, 0.0, False)
+            visible = _visible(positions, base + t, ok, query_position, m_ok, first_position, row // G)
+            weights = tl.exp2(logits - total[:, None] * LOG2E)
+            received += tl.sum(tl.where(visible, weights, 0.0), 0)
+        tl.store(mass + base + t, received / (WINDOW * R), mask=ok)
+
+
+def window_mass(
+    queries: Tensor,
+    query_positions: Tensor,
+    keys: Tensor,
+    positions: Tensor,
+    start: Tensor,
+    length: Tensor,
+    *,
+    scale: float,
+    first_position: Tensor | None = None,
+) -> Tensor:
+    """Mean attention of a window of queries, per slot. See `headkv_mm.kernels.reference.window_mass`.
+
+    Returns:
+        [N] float32, zero outside the regions.
+    """
+    check_storage(keys, positions=positions)
+    mass = torch.zeros(keys.shape[0], dtype=torch.float32, device=keys.device)
+    regions, size = start.numel(), keys.shape[-1]
+    if regions == 0 or queries.numel() == 0:
+        return mass
+    queries, query_positions = queries.contiguous(), query_positions.contiguous()
+    start, length = start.contiguous(), length.contiguous()
+    check_contiguous(first_position=first_position)
+    window = queries.shape[1]
+    group = queries.shape[2] // start.shape[1]
+    rows = window * group
+    block_m = min(64, max(16, int(triton.next_power_of_2(rows))))
+    block_n = min(64, block_slots(size, keys.dtype))
+    parts = programs_per_region(regions, keys.shape[0], block_n)
+    shape = {"WINDOW": window, "R": group, "D": size, "DP": padded_head_size(size)}
+    blocks = {"BLOCK_M": block_m, "BLOCK_N": block_n, "UPCAST": upcast(queries, keys)}
+    storage = (queries, query_positions, keys, positions, start, length, first_position)
+    lse = torch.empty((regions, parts, rows), dtype=torch.float32, device=keys.device)
+    window_lse_kernel[(regions, parts, triton.cdiv(rows, block_m))](
+        *storage, lse, float(scale), start.shape[1], **shape, **blocks, STAGES=STAGES, num_warps=4
+    )
+    window_mass_kernel[(regions, parts)](
+        *storage, lse.logsumexp(1), mass, float(scale), start.shape[1], **shape, **blocks, num_warps=4
+    )
+    return mass
