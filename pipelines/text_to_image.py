@@ -1,0 +1,265 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The text-to-image pipeline for autoregressive image models."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterable, Iterator
+from itertools import islice
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from transformers.pipelines.base import Pipeline
+
+from headkv_mm.pipelines.caches import kept_image_tokens, run_report
+from headkv_mm.pipelines.kv_arguments import KVArguments
+from headkv_mm.pipelines.models import adapter_for
+from headkv_mm.pipelines.models.base import Sampling
+from headkv_mm.pipelines.outputs import ImageOutput, merge_reports
+from headkv_mm.pipelines.progress import token_bar
+from headkv_mm.pipelines.seeds import check_seed, image_seeds
+
+if TYPE_CHECKING:
+    import torch
+
+    from headkv_mm.pipelines.outputs import GenerationReport
+
+_KV = ("kv_compression", "kv_budget", "kv_options")
+_SAMPLING = ("guidance_scale", "do_sample", "temperature", "top_k", "top_p")
+_OTHER = ("image_grid", "keep_tokens", "negative_prompt", "num_images", "progress", "seed")
+_IGNORED = ("local_files_only",)  # transformers.pipeline leaves it in the arguments
+
+
+class _Job(NamedTuple):
+    """One image to make."""
+
+    prompt_index: int
+    prompt: str
+    seed: int
+
+
+class _Made(NamedTuple):
+    """One image with what belongs to it."""
+
+    job: _Job
+    image: Any
+    tokens: torch.Tensor
+    kept: list[list[torch.Tensor]] | None
+    report: GenerationReport
+
+
+class TextToImagePipeline(Pipeline):  # type: ignore[misc]
+    """Makes images from prompts with an autoregressive model and, if asked, a compressed KV cache.
+
+    Every argument below may be given when the pipeline is made and again with a call, which then goes first.
+
+    Args of a call:
+        inputs: a prompt, a list of prompts, or a generator or dataset of prompts.
+        num_images: images per prompt, 1 by default.
+        batch_size: images that are generated together; by default all images of one prompt.
+        seed: seed of a prompt's first image; image j has `seed + j`, whatever else is in the batch. Or a list with
+            one seed per image. By default drawn from torch's global generator.
+        kv_compression: name of a method, "none", a dict, or a `Compression`.
+        kv_budget: share of the image's entries kept per KV head (0 to 1), entries per KV head (int), or bytes
+            ("512MiB"). The prompt is always kept and comes on top.
+        kv_options: dict of options of the method.
+        guidance_scale: strength of classifier-free guidance, 1 for none.
+        negative_prompt: what guidance leads away from; needs a guidance_scale above 1.
+        do_sample, temperature, top_k, top_p: how tokens are drawn; by default as the model's generation config says.
+        keep_tokens: also return which image tokens each head held at the end.
+        progress: show a progress bar on stderr.
+        image_grid: an `ImageGrid`, for models that draw several sizes.
+
+    Returns of a call:
+        An `ImageOutput` for one prompt; a list of them for a list of prompts; an iterator for anything lazy.
+
+    Raises:
+        ValueError: for a prompt the model cannot read, an unknown method or option, a value out of range.
+        TypeError: for an argument the pipeline does not have, or of a wrong type.
+    """
+
+    _load_tokenizer = None
+    _load_processor = None
+    _load_image_processor = False
+    _load_feature_extractor = False
+    _load_video_processor = False
+    # The base class would take temperature and its like out of the arguments; they belong to `Sampling` here.
+    _pipeline_calls_generate = False
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        """Bind the model to its adapter and check all arguments."""
+        super().__init__(*args, **kwargs)
+        self._adapter = adapter_for(self.model, tokenizer=self.tokenizer, processor=self.processor)
+        self.tokenizer = self._adapter.tokenizer
+        self.model.eval()
+        self._check(self._forward_params)
+
+    def __call__(
+        self, inputs: Any, *args: Any, num_workers: int | None = None, batch_size: int | None = None, **kwargs: Any
+    ) -> Any:
+        """Make images; see the class."""
+        del num_workers  # reading prompts needs no workers
+        if args:
+            raise TypeError(f"pass everything but the prompt by name, got {len(args) + 1} positional arguments")
+        parameters = {**self._forward_params, **self._sanitize_parameters(**kwargs)[1]}
+        self._check(parameters)
+        size = self._batch_size if batch_size is None else batch_size
+        if size is not None and (isinstance(size, bool) or not isinstance(size, int) or size < 1):
+            raise ValueError(f"batch_size must be a positive integer (images generated together), got {size!r}")
+        if isinstance(inputs, str):
+            return next(self._outputs([self._prompt(inputs)], size, parameters, total=1))
+        if isinstance(inputs, (list, tuple)):
+            if not inputs:
+                raise ValueError("got an empty list of prompts: give at least one")
+            prompts = [self._prompt(item) for item in inputs]  # all of them, before the first is generated
+            return list(self._outputs(prompts, size, parameters, total=len(prompts)))
+        if not isinstance(inputs, Iterable) and not hasattr(inputs, "__getitem__"):
+            raise TypeError(f"prompts must be text or a list of texts, got {type(inputs).__name__}")
+        return self._outputs((self._prompt(item) for item in inputs), size, parameters, total=None)
+
+    def _sanitize_parameters(self, **parameters: Any) -> tuple[dict[str, Any], dict[str, Any], dict[str, Any]]:
+        unknown = sorted(set(parameters) - {*_KV, *_SAMPLING, *_OTHER, *_IGNORED})
+        if unknown:
+            raise TypeError(
+                f"the text-to-image pipeline has no argument {', '.join(map(repr, unknown))}: "
+                f"it takes {', '.join((*_KV, *_SAMPLING, *_OTHER))}"
+            )
+        own: dict[str, Any] = getattr(self, "_forward_params", {})  # not there yet while the pipeline is made
+        given: dict[str, Any] = {name: parameters[name] for name in _OTHER if parameters.get(name) is not None}
+        if any(parameters.get(name) is not None for name in _KV):
+            call = KVArguments(
+                parameters.get("kv_compression"), parameters.get("kv_budget"), parameters.get("kv_options") or {}
+            )
+            given["kv"] = own.get("kv", KVArguments()).overridden_by(call)
+            given["kv"].resolve()
+        chosen = {name: parameters[name] for name in _SAMPLING if parameters.get(name) is not None}
+        if chosen:
+            given["sampling"] = Sampling(**chosen).with_defaults(**own.get("sampling", Sampling()).to_dict())
+        if "seed" in given:
+            given["seed"] = check_seed(given["seed"])
+        count = given.get("num_images", 1)
+        if isinstance(count, bool) or not isinstance(count, int) or count < 1:
+            raise ValueError(f"num_images must be a positive integer, got {count!r}")
+        return {}, given, {}
+
+    def preprocess(self, prompts: list[str], negative_prompt: str | None = None) -> dict[str, Any]:
+        """Encode checked prompts, one row per image."""
+        return {"prompts": self._adapter.encode(prompts, negative_prompt)}
+
+    def _forward(self, model_inputs: dict[str, Any], **run: Any) -> dict[str, Any]:
+        encoded, compression, sampling = model_inputs["prompts"], run["compression"], run["sampling"]
+        encoded.inputs.update(self._ensure_tensor_on_device(encoded.inputs, self.device))
+        began = time.perf_counter()
+        made = self._adapter.generate(
+            encoded, sampling=sampling, seeds=run["seeds"], compression=compression, on_token=run["on_token"]
+        )
+        tokens = made.tokens.cpu()  # also waits for the device
+        seconds = time.perf_counter() - began
+        report = run_report(
+            made.caches,
+            compression,
+            images=len(tokens),
+            tokens=tokens.numel(),
+            seconds=seconds,
+            settings=sampling.to_dict(),
+        )
+        kept = None
+        if run["keep_tokens"]:
+            text = self.model.config.get_text_config(decoder=True)
+            kept = kept_image_tokens(
+                made.caches[0],
+                compression,
+                encoded.condition_lengths.cpu(),
+                self._adapter.grid.tokens,
+                text.num_hidden_layers,
+                text.num_key_value_heads,
+            )
+        return {"tokens": tokens, "report": report, "kept": kept}
+
+    def postprocess(self, model_outputs: dict[str, Any]) -> list[Any]:
+        """Pictures of the tokens of a run."""
+        return self._adapter.decode(model_outputs["tokens"])
+
+    def _prompt(self, prompt: Any) -> str:
+        """A prompt the model can read.
+
+        Raises:
+            TypeError: if it is no text.
+            ValueError: if it is empty or the model cannot read it.
+        """
+        if not isinstance(prompt, str):
+            raise TypeError(f"a prompt must be text, got {type(prompt).__name__}")
+        if not prompt.strip():
+            raise ValueError("the prompt is empty: say what to draw")
+        return self._adapter.check_prompt(prompt)
+
+    def _check(self, parameters: dict[str, Any]) -> None:
+        """Check what only fits together with the model and with the other arguments.
+
+        Raises:
+            ValueError: in one line.
+        """
+        image_seeds(parameters.get("seed"), parameters.get("num_images", 1))
+        if "image_grid" in parameters:
+            self._adapter.check_grid(parameters["image_grid"])
+        negative = parameters.get("negative_prompt")
+        sampling = self._adapter.effective_sampling(parameters.get("sampling", Sampling()))
+        if negative is not None:
+            if sampling.guidance_scale == 1:
+                raise ValueError("negative_prompt has no effect without guidance: set guidance_scale above 1")
+            self._prompt(negative)
+
+    def _outputs(
+        self, prompts: Iterable[str], batch_size: int | None, parameters: dict[str, Any], total: int | None
+    ) -> Iterator[ImageOutput]:
+        """Generate run by run and give out every prompt's images once all are there."""
+        count = parameters.get("num_images", 1)
+        jobs = (
+            _Job(index, prompt, seed)
+            for index, prompt in enumerate(prompts)
+            for seed in image_seeds(parameters.get("seed"), count)
+        )
+        waiting: list[_Made] = []
+        tokens = None if total is None else total * count * self._adapter.grid.tokens
+        with token_bar(tokens, show=bool(parameters.get("progress", False))) as advance:
+            while run := list(islice(jobs, batch_size or count)):
+                waiting += self._run(run, parameters, lambda images=len(run): advance(images))
+                while len(waiting) >= count:
+                    yield _collect(waiting[:count])
+                    waiting = waiting[count:]
+
+    def _run(self, jobs: list[_Job], parameters: dict[str, Any], on_token: Any) -> list[_Made]:
+        """Generate the images of `jobs` together."""
+        negative = parameters.get("negative_prompt")
+        encoded = self.preprocess(
+            [job.prompt for job in jobs], negative_prompt=None if negative is None else self._prompt(negative)
+        )
+        made = self.forward(
+            encoded,
+            compression=parameters.get("kv", KVArguments()).resolve(),
+            sampling=self._adapter.effective_sampling(parameters.get("sampling", Sampling())),
+            seeds=[job.seed for job in jobs],
+            keep_tokens=bool(parameters.get("keep_tokens", False)),
+            on_token=on_token,
+        )
+        images = self.postprocess(made)
+        kept = made["kept"] or [None] * len(jobs)
+        return [
+            _Made(job, image, tokens, held, made["report"])
+            for job, image, tokens, held in zip(jobs, images, made["tokens"], kept)
+        ]
+
+
+def _collect(made: list[_Made]) -> ImageOutput:
+    """One prompt's images, in order, from one or several runs."""
+    import torch
+
+    reports = list({id(item.report): item.report for item in made}.values())
+    kept = [item.kept for item in made if item.kept is not None]
+    return ImageOutput(
+        images=[item.image for item in made],
+        report=merge_reports(reports),
+        prompts=[item.job.prompt for item in made],
+        seeds=[item.job.seed for item in made],
+        tokens=torch.stack([item.tokens for item in made]),
+        kept_tokens=kept or None,
+    )
