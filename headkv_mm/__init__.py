@@ -18,9 +18,9 @@ if TYPE_CHECKING:
     from headkv_mm.compression import Compression as Compression
     from headkv_mm.image_grid import ImageGrid as ImageGrid
     from headkv_mm.memory import plan_memory as plan_memory
-    from headkv_mm.methods import methods as methods
-    from headkv_mm.methods import register_method as register_method
     from headkv_mm.pipelines import pipeline as pipeline
+    from headkv_mm.registry import methods as methods
+    from headkv_mm.registry import register_method as register_method
 
 __version__ = "0.1.0"
 
@@ -30,10 +30,10 @@ _PUBLIC = {
     "HeadKVCache": "headkv_mm.cache",
     "ImageGrid": "headkv_mm.image_grid",
     "compress": "headkv_mm.attach",
-    "methods": "headkv_mm.methods",
+    "methods": "headkv_mm.registry",
     "pipeline": "headkv_mm.pipelines",
     "plan_memory": "headkv_mm.memory",
-    "register_method": "headkv_mm.methods",
+    "register_method": "headkv_mm.registry",
 }
 
 __all__ = [

@@ -1,14 +1,15 @@
 # SPDX-License-Identifier: Apache-2.0
 """Registers headkv_mm with transformers, each part when transformers has loaded what it registers with.
 
-transformers loads its modules when they are first used, and ``import headkv_mm`` must not load them earlier: that would
-double the time of the import. So each registration waits for its module. If the module is there already, it runs at once.
+transformers loads its modules when they are first used, and ``import headkv_mm`` must not load them earlier: that
+would double the time of the import. So each registration waits for its module, and runs at once if that is there.
 """
 
 from __future__ import annotations
 
 import importlib
 import importlib.util
+import sys
 from types import ModuleType
 from typing import NamedTuple
 
@@ -46,13 +47,13 @@ class Registration(NamedTuple):
 REGISTRATIONS = (
     Registration("transformers.modeling_utils", "headkv_mm.attention", "register"),
     Registration("transformers.pipelines", "headkv_mm.pipelines.registration", "register"),
-    Registration("transformers.models.auto.modeling_auto", "headkv_mm.llamagen.registration", "register"),
+    Registration("transformers.models.auto.configuration_auto", "headkv_mm.llamagen.registration", "register"),
 )
 
 
 def install() -> None:
     """Arranges every registration. Prints nothing and imports no module of transformers."""
     for registration in REGISTRATIONS:
-        if importlib.util.find_spec(registration.module) is None:  # TRANSITION: removed when all parts exist
+        if registration.module not in sys.modules and importlib.util.find_spec(registration.module) is None:
             continue
         register_post_import_hook(registration, registration.after)
