@@ -1,0 +1,152 @@
+# SPDX-License-Identifier: Apache-2.0
+"""HeadKVCache: a transformers cache that keeps, head by head, what its budget allows."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor
+from transformers.cache_utils import Cache, DynamicCache, DynamicLayer
+from transformers.configuration_utils import PreTrainedConfig
+
+from .attention import implementation_over
+from .budgets import Budget
+from .compression import Compression
+from .image_grid import ImageGrid
+from .layer import HeadKVLayer
+from .memory import CacheReport
+
+
+class HeadKVCache(Cache):  # type: ignore[misc]
+    """A compressed cache for `model.generate(past_key_values=...)` or a loop of one's own. One batch, one cache.
+
+    Full-attention layers are compressed; sliding, linear and other layers stay as transformers makes them. All state is
+    in the cache. The model's attention implementation is set to "headkv" (over the one it had), which computes exactly
+    what it did before for every other cache.
+
+    Args:
+        model_or_config: the model, or its configuration.
+        compression: a method name, a dict, a `Compression`, or None for the stock behaviour.
+        budget: replaces the compression's budget.
+        image_grid: where the image lies; by default what the configuration states.
+        options: options of the method.
+
+    Raises:
+        ValueError: for an unknown method, option or budget; a budget too small for the image; a model whose attention
+            cannot be compressed; or an image method without an image grid.
+    """
+
+    def __init__(
+        self,
+        model_or_config: Any,
+        compression: Any = "headkv",
+        *,
+        budget: Budget | None = None,
+        image_grid: ImageGrid | None = None,
+        **options: Any,
+    ) -> None:
+        config = model_or_config if isinstance(model_or_config, PreTrainedConfig) else model_or_config.config
+        text_config = config.get_text_config(decoder=True)
+        self.compression = Compression.parse(compression, budget=budget, **options)
+        self.image_grid = image_grid or ImageGrid.from_config(config)
+        method = self.compression.resolve()
+        check_supported(text_config)
+        if method.compresses and self.image_grid is None:
+            raise ValueError(
+                f"method {method.name!r} compresses images and {type(config).__name__} states no image grid; "
+                "pass image_grid=ImageGrid(height, width)"
+            )
+        layers = DynamicCache(config=text_config).layers
+        compressed = [type(layer) is DynamicLayer for layer in layers]
+        if not any(compressed):
+            raise ValueError(
+                f"{type(text_config).__name__} has no full-attention layer, so there is nothing to compress; "
+                "use the stock cache"
+            )
+        if text_config._attn_implementation is not None:
+            text_config._attn_implementation = implementation_over(text_config._attn_implementation)
+        super().__init__(
+            layers=[
+                HeadKVLayer(method, self.compression.budget, self.image_grid, sum(compressed)) if ours else layer
+                for layer, ours in zip(layers, compressed, strict=True)
+            ]
+        )
+
+    @property
+    def compressed_layers(self) -> list[HeadKVLayer]:
+        """The layers that are ours, in order."""
+        return [layer for layer in self.layers if isinstance(layer, HeadKVLayer)]
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of everything held: keys, values, and all bookkeeping; stock layers included."""
+        return sum(layer.nbytes if isinstance(layer, HeadKVLayer) else _stock_nbytes(layer) for layer in self.layers)
+
+    @property
+    def nbytes_full(self) -> int:
+        """Bytes that a stock cache would hold now."""
+        return sum(
+            layer.nbytes_full if isinstance(layer, HeadKVLayer) else _stock_nbytes(layer) for layer in self.layers
+        )
+
+    @property
+    def nbytes_peak(self) -> int:
+        """The sum over layers of the most bytes that each ever held."""
+        return sum(
+            layer.nbytes_peak if isinstance(layer, HeadKVLayer) else _stock_nbytes(layer) for layer in self.layers
+        )
+
+    def kept_positions(self, layer: int) -> list[list[Tensor]]:
+        """Positions that a layer keeps, counted from the first real token of each row.
+
+        Args:
+            layer: index in the model.
+
+        Returns:
+            A list over rows of lists over KV heads of sorted int64 tensors on the CPU.
+
+        Raises:
+            IndexError: if there is no such layer.
+            ValueError: if the layer is not compressed (a sliding layer, say).
+        """
+        chosen = self.layers[layer]
+        if not isinstance(chosen, HeadKVLayer):
+            raise ValueError(f"layer {layer} is a stock {type(chosen).__name__}; it has no positions of its own")
+        return chosen.kept_positions()
+
+    def report(self) -> CacheReport:
+        """What is held now, by layer, row and head."""
+        return CacheReport.of(self)
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        """Repeat every row `repeats` times."""
+        for layer in self.layers:
+            layer.batch_repeat_interleave(repeats)
+
+    def batch_select_indices(self, indices: Tensor) -> None:
+        """Keep the rows `indices` [B'] int64, or a [B] bool mask of them."""
+        for layer in self.layers:
+            layer.batch_select_indices(indices)
+
+
+def check_supported(text_config: PreTrainedConfig) -> None:
+    """Refuse architectures whose caches cannot be compressed head by head.
+
+    Raises:
+        ValueError: with the reason.
+    """
+    if getattr(text_config, "kv_lora_rank", None):
+        raise ValueError(
+            f"{type(text_config).__name__} uses multi-head latent attention: its cache holds one latent for all heads, "
+            "so there is nothing to compress head by head; use the stock cache"
+        )
+    if getattr(text_config, "num_kv_shared_layers", 0):
+        raise ValueError(
+            f"{type(text_config).__name__} shares keys and values between layers, so an entry evicted in one layer would "
+            "be missing in another; use the stock cache"
+        )
+
+
+def _stock_nbytes(layer: Any) -> int:
+    tensors = (getattr(layer, name, None) for name in ("keys", "values"))
+    return sum(tensor.nbytes for tensor in tensors if isinstance(tensor, Tensor))

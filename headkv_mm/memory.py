@@ -1,0 +1,162 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Bytes: of a cache that exists (CacheReport), and of one that does not yet (plan_memory)."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from .budgets import Budget, image_plan
+from .compression import Compression
+from .image_grid import ImageGrid
+
+if TYPE_CHECKING:
+    from .cache import HeadKVCache
+
+HeadTable = list[list[list[int]]]
+"""Numbers by layer, row and KV head."""
+
+
+@dataclass(frozen=True)
+class CacheReport:
+    """What a cache holds.
+
+    Attributes:
+        method, budget, options: the compression.
+        tokens_seen: tokens that went through, padding included.
+        nbytes: bytes held, bookkeeping included.
+        nbytes_full: bytes that a stock cache would hold after the same tokens.
+        nbytes_peak: the most that was held, layer by layer.
+        lengths: entries held by layer, row and KV head.
+        capacities: room for entries by layer, row and KV head.
+        types: "local" or "global" by layer, row and KV head; None where the method has no types or has not decided.
+        local_share: share of local heads; None without types.
+    """
+
+    method: str
+    budget: Budget
+    options: dict[str, Any]
+    tokens_seen: int
+    nbytes: int
+    nbytes_full: int
+    nbytes_peak: int
+    lengths: HeadTable
+    capacities: HeadTable
+    types: list[list[list[str]]] | None
+    local_share: float | None
+
+    @property
+    def ratio(self) -> float:
+        """Bytes held over bytes of a full cache."""
+        return self.nbytes / self.nbytes_full if self.nbytes_full else 1.0
+
+    def to_dict(self) -> dict[str, Any]:
+        """Everything as plain JSON types."""
+        return {
+            **asdict(self),
+            "options": {name: _plain(value) for name, value in self.options.items()},
+            "ratio": self.ratio,
+        }
+
+    @classmethod
+    def of(cls, cache: HeadKVCache) -> CacheReport:
+        """Read a cache."""
+        layers = cache.compressed_layers
+        stores = [layer.store for layer in layers]
+        local = [None if layer.allocation is None else layer.allocation.local for layer in layers]
+        known = [labels for labels in local if labels is not None]
+        typed = bool(known) and len(known) == len(layers)
+        return cls(
+            method=cache.compression.method,
+            budget=cache.compression.budget,
+            options=cache.compression.kwargs,
+            tokens_seen=cache.get_seq_length(),
+            nbytes=cache.nbytes,
+            nbytes_full=cache.nbytes_full,
+            nbytes_peak=cache.nbytes_peak,
+            lengths=[
+                [[len(kept) for kept in row] for row in layer.kept_positions()]
+                if store is None
+                else store.length.tolist()
+                for layer, store in zip(layers, stores, strict=True)
+            ],
+            capacities=[
+                [[len(kept) for kept in row] for row in layer.kept_positions()]
+                if store is None
+                else store.capacity.tolist()
+                for layer, store in zip(layers, stores, strict=True)
+            ],
+            types=[[["local" if label else "global" for label in row] for row in labels.tolist()] for labels in known]
+            if typed
+            else None,
+            local_share=float(torch.stack([labels.float().mean() for labels in known]).mean()) if typed else None,
+        )
+
+
+@dataclass(frozen=True)
+class MemoryPlan:
+    """Bytes of keys and values that an image will take.
+
+    Attributes:
+        entries_per_head: mean room per KV head: condition, budget and one row.
+        nbytes: bytes of keys and values held; bookkeeping comes on top (under 5 % of it for common sizes).
+        nbytes_full: bytes of a stock cache at the end of the image.
+    """
+
+    entries_per_head: int
+    nbytes: int
+    nbytes_full: int
+
+    @property
+    def ratio(self) -> float:
+        """Bytes held over bytes of a full cache."""
+        return self.nbytes / self.nbytes_full
+
+
+def plan_memory(
+    model_or_config: Any,
+    compression: Any = "headkv",
+    *,
+    budget: Budget | None = None,
+    rows: int = 1,
+    condition: int = 0,
+    image_grid: ImageGrid | None = None,
+    dtype: torch.dtype | None = None,
+    **options: Any,
+) -> MemoryPlan:
+    """Bytes of a cache before it exists.
+
+    Args:
+        model_or_config: the model or its configuration.
+        compression, budget, options: as for `HeadKVCache`.
+        rows: rows of the batch; classifier-free guidance doubles them.
+        condition: prompt tokens per row, padding not counted.
+        image_grid: by default what the configuration states.
+        dtype: of the cache; the model's by default.
+
+    Raises:
+        ValueError: if no image grid is known, or the budget is too small.
+    """
+    config = getattr(model_or_config, "config", model_or_config)
+    text = config.get_text_config(decoder=True)
+    grid = image_grid or ImageGrid.from_config(config)
+    if grid is None:
+        raise ValueError(f"{type(config).__name__} states no image grid; pass image_grid=ImageGrid(height, width)")
+    parsed = Compression.parse(compression, budget=budget, **options)
+    dtype = dtype or getattr(text, "dtype", None) or torch.float32
+    heads = getattr(text, "num_key_value_heads", None) or text.num_attention_heads
+    head_dim = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
+    per_entry = 2 * rows * text.num_hidden_layers * heads * head_dim * torch.empty(0, dtype=dtype).element_size()
+    full = condition + grid.start + grid.tokens
+    entries = full
+    if parsed.resolve().compresses:
+        plan = image_plan(parsed.budget, grid, bytes_per_entry=per_entry, condition=condition + grid.start)
+        if not plan.keeps_all:
+            entries = condition + grid.start + plan.budget + plan.row
+    return MemoryPlan(entries_per_head=entries, nbytes=per_entry * entries, nbytes_full=per_entry * full)
+
+
+def _plain(value: Any) -> Any:
+    return value if isinstance(value, (str, int, float, bool, type(None))) else repr(value)

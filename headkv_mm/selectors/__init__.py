@@ -1,0 +1,6 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Selectors: who leaves, given scores and budgets."""
+
+from .stratified import Stratified
+
+__all__ = ["Stratified"]
