@@ -19,7 +19,7 @@ class KVArguments:
 
     Attributes:
         compression: a method's name, a dict with "method" and options, a `Compression`, or None if not given.
-        budget: a share, entries per KV head, or bytes as text; None if not given.
+        budget: a share (also as text, "1/6"), entries per KV head, or bytes as text; None if not given.
         options: options of the method.
     """
 
@@ -59,9 +59,11 @@ class KVArguments:
             ValueError: for an unknown method or option, a budget out of range, or a budget or options without a
                 compression they could belong to.
         """
+        from headkv_mm.budgets import parse_budget
         from headkv_mm.compression import Compression
 
         if self.compression is None and self.given:
             what = "kv_budget" if self.budget is not None else "kv_options"
             raise ValueError(f'{what} has no effect without kv_compression: add kv_compression="headkv"')
-        return Compression.parse(self.compression, budget=self.budget, **self.options)
+        budget = parse_budget(self.budget) if isinstance(self.budget, str) else self.budget
+        return Compression.parse(self.compression, budget=budget, **self.options)

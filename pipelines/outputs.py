@@ -69,9 +69,7 @@ class GenerationReport:
     @property
     def head_types(self) -> dict[str, int]:
         """How many heads were found local and global, counted over layers and rows; empty without head types."""
-        found = Counter(
-            kind for cache in self.caches for layer in cache.types for row in layer for kind in row if kind is not None
-        )
+        found = Counter(kind for cache in self.caches for layer in cache.types or () for row in layer for kind in row)
         return {kind: found[kind] for kind in HEAD_TYPES} if found else {}
 
     @property
@@ -85,7 +83,7 @@ class GenerationReport:
         return {
             "method": self.method,
             "budget": self.budget,
-            "options": dict(self.options),
+            "options": {name: _plain(value) for name, value in self.options.items()},
             "nbytes": self.nbytes,
             "nbytes_peak": self.nbytes_peak,
             "nbytes_full": self.nbytes_full,
@@ -172,3 +170,8 @@ def format_budget(budget: float | int | str | None) -> str:
     if isinstance(budget, int):
         return f"{budget} per head"
     return str(budget or "")
+
+
+def _plain(value: Any) -> Any:
+    """An option as JSON can hold it; the pieces of a method become their text."""
+    return value if isinstance(value, str | int | float | bool | None) else repr(value)

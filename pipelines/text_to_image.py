@@ -5,12 +5,14 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterable, Iterator
+from functools import partial
 from itertools import islice
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from transformers.pipelines.base import Pipeline
 
-from headkv_mm.pipelines.caches import kept_image_tokens, run_report
+from headkv_mm.memory import plan_memory
+from headkv_mm.pipelines.caches import FULL, kept_image_tokens, run_report
 from headkv_mm.pipelines.kv_arguments import KVArguments
 from headkv_mm.pipelines.models import adapter_for
 from headkv_mm.pipelines.models.base import Sampling
@@ -130,7 +132,6 @@ class TextToImagePipeline(Pipeline):  # type: ignore[misc]
                 parameters.get("kv_compression"), parameters.get("kv_budget"), parameters.get("kv_options") or {}
             )
             given["kv"] = own.get("kv", KVArguments()).overridden_by(call)
-            given["kv"].resolve()
         chosen = {name: parameters[name] for name in _SAMPLING if parameters.get(name) is not None}
         if chosen:
             given["sampling"] = Sampling(**chosen).with_defaults(**own.get("sampling", Sampling()).to_dict())
@@ -199,6 +200,9 @@ class TextToImagePipeline(Pipeline):  # type: ignore[misc]
             ValueError: in one line.
         """
         image_seeds(parameters.get("seed"), parameters.get("num_images", 1))
+        compression = parameters.get("kv", KVArguments()).resolve()
+        if compression.method != FULL:
+            plan_memory(self.model, compression, image_grid=self._adapter.grid)  # refuses a budget that is too small
         if "image_grid" in parameters:
             self._adapter.check_grid(parameters["image_grid"])
         negative = parameters.get("negative_prompt")
@@ -222,7 +226,7 @@ class TextToImagePipeline(Pipeline):  # type: ignore[misc]
         tokens = None if total is None else total * count * self._adapter.grid.tokens
         with token_bar(tokens, show=bool(parameters.get("progress", False))) as advance:
             while run := list(islice(jobs, batch_size or count)):
-                waiting += self._run(run, parameters, lambda images=len(run): advance(images))
+                waiting += self._run(run, parameters, partial(advance, len(run)))
                 while len(waiting) >= count:
                     yield _collect(waiting[:count])
                     waiting = waiting[count:]

@@ -50,7 +50,7 @@ class Sampling:
             raise ValueError(f"guidance_scale must be at least 1 (1 means no guidance), got {self.guidance_scale}")
         if self.temperature is not None and not 0 < self.temperature < float("inf"):
             raise ValueError(
-                f"temperature must be above 0, got {self.temperature}: use do_sample=False to always take the best token"
+                f"temperature must be above 0, got {self.temperature}: do_sample=False takes the best token"
             )
         if self.top_k is not None and self.top_k < 0:
             raise ValueError(f"top_k must be at least 0 (0 means all tokens), got {self.top_k}")
