@@ -14,7 +14,7 @@ import numpy as np
 
 from .bits import widen
 from .jit import jit
-from .regions import softmax_weights
+from .softmax import softmax_weights
 
 
 @jit

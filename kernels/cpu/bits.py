@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Scalar operations that numba has no words for: half precision reads, bit casts, a shared counter, a fast exp.
+"""Scalar operations that numba has no words for: half precision reads, bit casts, a fast exp.
 
 numpy has no bfloat16 and numba computes in no half type, so 16-bit tensors travel as integers: uint16 holds bfloat16
 bits, int16 holds float16 bits. `widen` turns any of them into float32, inside vectorised loops.
@@ -17,7 +17,7 @@ from numba.extending import intrinsic  # type: ignore[import-untyped]
 
 from .jit import exact_jit
 
-_I16, _I32, _I64 = ir.IntType(16), ir.IntType(32), ir.IntType(64)
+_I32 = ir.IntType(32)
 _F16, _F32 = ir.HalfType(), ir.FloatType()
 
 # Without F16C, LLVM turns the conversion into a library call that numba does not link.
@@ -69,19 +69,6 @@ def _float_from_bits(typing_context: Any, bits: Any) -> Any:
         return builder.bitcast(args[0], _F32)
 
     return types.float32(types.int32), codegen
-
-
-@intrinsic
-def take_ticket(typing_context: Any, counter: Any) -> Any:
-    """Add one to `counter[0]` (int64 array) atomically and return what it held: the next piece of work."""
-
-    def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-        array = context.make_array(signature.args[0])(context, builder, args[0])
-        return builder.atomic_rmw("add", array.data, ir.Constant(_I64, 1), "monotonic")
-
-    if not (isinstance(counter, types.Array) and counter.dtype == types.int64):
-        return None
-    return types.int64(counter), codegen
 
 
 _LOG2_E = np.float32(1.4426950408889634)

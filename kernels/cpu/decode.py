@@ -1,127 +1,183 @@
 # SPDX-License-Identifier: Apache-2.0
 """The decode step of one layer: write the new entry of each region, then attend over the region.
 
-Both happen in one parallel loop, region by region, so the new key is still in cache when it is read. The compiled
-functions take tuples, which keeps their parameter lists short:
-
-    new    (keys [B*G, D], values [B*G, D], positions [B]), all empty when nothing is appended
-    store  (keys, values, positions, start, length, mass) as in `reference`, start and length flattened
-    how    (scale, softcap, sinks)
+Both happen in one loop, region by region, so the new key is still in cache when it is read.
 """
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
-import numba  # type: ignore[import-untyped]
 import numpy as np
 import torch
 from torch import Tensor
 
-from .arrays import NO_FLOATS, NO_INTS, Array, floats, in_place, ints, readable
 from .attend import attend
-from .bits import take_ticket
-from .jit import jit, parallel_jit
-from .regions import longest, work_order
-from .threads import thread_count
+from .jit import jit, worker
+from .job import (
+    ELEMENTS,
+    FIRST,
+    REGIONS,
+    address_of,
+    as_float32,
+    as_integer,
+    longest,
+    next_region,
+    opened,
+    readable,
+    run_job,
+)
+from .memory import cube, float32s, int32s, matrix
+
+# What the job holds, in the order of `_run`.
+(_BATCH, _GROUP, _SIZE, _SLOTS, _SCALE, _SOFTCAP, _QUERY, _NEW_KEYS, _NEW_VALUES, _NEW_POSITIONS) = range(
+    FIRST, FIRST + 10
+)
+(_KEYS, _VALUES, _POSITIONS, _START, _LENGTH, _SINKS, _MASS, _OUT) = range(FIRST + 10, FIRST + 18)
 
 
 @jit
-def append(i: int, new: Any, store: Any) -> None:
-    """Write the new entry of region i into the slot after its last."""
-    new_keys, new_values, new_positions = new
-    keys, values, positions, start, length, mass = store
-    slot = np.int64(start[i]) + np.int64(length[i])
-    for d in range(keys.shape[1]):
-        keys[slot, d] = new_keys[i, d]
-        values[slot, d] = new_values[i, d]
-    positions[slot] = new_positions[i // (length.size // new_positions.size)]
+def _append(job: Any, region: int, length: Any, element: Any) -> None:
+    """Write the new entry of one region into the slot after its last."""
+    size = job[_SIZE]
+    regions = job[REGIONS]
+    new_keys = matrix(job[_NEW_KEYS], regions, size, element)
+    new_values = matrix(job[_NEW_VALUES], regions, size, element)
+    keys = matrix(job[_KEYS], job[_SLOTS], size, element)
+    values = matrix(job[_VALUES], job[_SLOTS], size, element)
+    mass = float32s(job[_MASS], job[_SLOTS])
+    slot = int32s(job[_START], regions)[region] + np.int64(length[region])
+    for d in range(size):
+        keys[slot, d] = new_keys[region, d]
+        values[slot, d] = new_values[region, d]
+    row = region // (regions // job[_BATCH])
+    int32s(job[_POSITIONS], job[_SLOTS])[slot] = int32s(job[_NEW_POSITIONS], job[_BATCH])[row]
     if mass.size > 0:
         mass[slot] = np.float32(0.0)
-    length[i] += 1
+    length[region] += 1
 
 
 @jit
-def _append_all(new: Any, store: Any) -> None:
-    for i in range(store[4].size):
-        append(i, new, store)
+def _append_all(address: int, element: Any) -> None:
+    job = opened(address)
+    length = int32s(job[_LENGTH], job[REGIONS])
+    for region in range(job[REGIONS]):
+        _append(job, region, length, element)
 
 
 @jit
-def _region(i: int, query: Any, new: Any, store: Any, how: Any, logits: Any, out: Any) -> None:
-    if new[0].shape[0] > 0:
-        append(i, new, store)
-    keys, values, positions, start, length, mass = store
-    scale, softcap, sinks = how
-    group = query.shape[1]
-    if sinks.size > 0:  # [H]: region i = b * G + g holds the query heads from g * R
-        first = i * group % sinks.size
-        sinks = sinks[first : first + group]
-    begin, count = np.int64(start[i]), np.int64(length[i])
-    attend(query[i], keys, values, begin, count, scale, softcap, sinks, mass, logits, out[i])
+def _decode(address: int, element: Any) -> None:
+    job = opened(address)
+    regions, group, size, slots = job[REGIONS], job[_GROUP], job[_SIZE], job[_SLOTS]
+    scale, softcap = as_float32(job, _SCALE), as_float32(job, _SOFTCAP)
+    query = cube(job[_QUERY], regions, group, size, np.float32(0))
+    out = cube(job[_OUT], regions, group, size, np.float32(0))
+    keys = matrix(job[_KEYS], slots, size, element)
+    values = matrix(job[_VALUES], slots, size, element)
+    start, length = int32s(job[_START], regions), int32s(job[_LENGTH], regions)
+    mass = float32s(job[_MASS], slots)
+    sinks = float32s(job[_SINKS], regions // job[_BATCH] * group)  # [H]
+    appends = job[_NEW_KEYS] != 0
+    # Other threads may have appended to their regions already, or not: one more than the longest holds in any case.
+    logits = np.empty((group, longest(length) + 1), np.float32)
+    region = next_region(job, length)
+    while region >= 0:
+        if appends:
+            _append(job, region, length, element)
+        begin, count = np.int64(start[region]), np.int64(length[region])
+        if sinks.size > 0:  # region b * G + g has the query heads g * R .. g * R + R
+            head = region * group % sinks.size
+            own_sinks = sinks[head : head + group]
+        else:
+            own_sinks = sinks
+        attend(query[region], keys, values, begin, count, scale, softcap, own_sinks, mass, logits, out[region])
+        region = next_region(job, length)
 
 
-@jit
-def _decode_serial(threads: int, query: Any, new: Any, store: Any, how: Any, out: Any) -> None:
-    length = store[4]
-    logits = np.empty((query.shape[1], longest(length) + 1), np.float32)
-    for i in range(length.size):
-        _region(i, query, new, store, how, logits, out)
+@functools.cache
+def _append_worker(dtype: torch.dtype) -> Any:
+    element = ELEMENTS[dtype]
+
+    def append_all(address: Any) -> None:
+        _append_all(address, element(0))
+
+    return worker(append_all)
 
 
-@parallel_jit
-def _decode_parallel(threads: int, query: Any, new: Any, store: Any, how: Any, out: Any) -> None:
-    length = store[4]
-    capacity = longest(length) + 1
-    order = work_order(length)
-    counter = np.zeros(1, np.int64)
-    for _ in numba.prange(threads):
-        logits = np.empty((query.shape[1], capacity), np.float32)
-        ticket = take_ticket(counter)
-        while ticket < order.size:
-            _region(order[ticket], query, new, store, how, logits, out)
-            ticket = take_ticket(counter)
+@functools.cache
+def _decode_worker(dtype: torch.dtype) -> Any:
+    element = ELEMENTS[dtype]
+
+    def decode(address: Any) -> None:
+        _decode(address, element(0))
+
+    return worker(decode)
 
 
-def _new_entry(new_keys: Tensor, new_values: Tensor, new_positions: Tensor, keys: Tensor) -> tuple[Array, Array, Array]:
-    size = keys.shape[1]
-    return (
-        readable(new_keys, keys.dtype).reshape(-1, size),
-        readable(new_values, keys.dtype).reshape(-1, size),
-        ints(new_positions),
-    )
+_NewEntry = tuple[Tensor, Tensor, Tensor]
+_Store = tuple[Tensor, Tensor, "Tensor | None", Tensor, Tensor, "Tensor | None"]
 
 
-def _store(
-    keys: Tensor, values: Tensor, positions: Array, start: Tensor, length: Tensor, mass: Tensor | None
-) -> tuple[Array, ...]:
-    return (
-        in_place(keys, "keys"),
-        in_place(values, "values"),
-        positions,
-        ints(start).reshape(-1),
-        in_place(length, "length").reshape(-1),
-        NO_FLOATS if mass is None else in_place(mass, "mass"),
-    )
-
-
-def _decode(
-    query: Tensor,
-    new: tuple[Array, Array, Array],
-    store: tuple[Array, ...],
+def _run(
+    compiled: Any,
+    query: Tensor | None,
+    new: _NewEntry | None,
+    store: _Store,
     scale: float,
     softcap: float,
     sinks: Tensor | None,
+    out: Tensor | None,
+) -> None:
+    keys, values, positions, start, length, mass = store
+    batch, heads = length.shape
+    regions, (slots, size), dtype = batch * heads, keys.shape, keys.dtype
+    if regions == 0:
+        return
+    group, entry = 0, [0, 0, 0]
+    if new is not None:
+        new_keys, new_values, new_positions = (
+            readable(new[0], dtype),
+            readable(new[1], dtype),
+            readable(new[2], torch.int32),
+        )
+        entry = [
+            address_of(new_keys, dtype, regions * size, "new_keys"),
+            address_of(new_values, dtype, regions * size, "new_values"),
+            address_of(new_positions, torch.int32, batch, "new_positions"),
+        ]
+    if query is not None:
+        query = readable(query, torch.float32)
+        group = query.shape[1] // heads
+    if sinks is not None:
+        sinks = readable(sinks, torch.float32)
+    numbers = [
+        batch,
+        group,
+        size,
+        slots,
+        as_integer(scale),
+        as_integer(softcap),
+        address_of(query, torch.float32, regions * group * size, "query"),
+        *entry,
+        address_of(keys, dtype, slots * size, "keys"),
+        address_of(values, dtype, slots * size, "values"),
+        address_of(positions, torch.int32, slots, "positions"),
+        address_of(start, torch.int32, regions, "start"),
+        address_of(length, torch.int32, regions, "length"),
+        address_of(sinks, torch.float32, heads * group, "sinks"),
+        address_of(mass, torch.float32, slots, "mass"),
+        address_of(out, torch.float32, regions * group * size, "out"),
+    ]
+    # Writing one entry per region is over before a second thread is awake.
+    run_job(compiled, numbers, regions, slots, 0 if out is None else slots * size)
+
+
+def _attend(
+    query: Tensor, new: _NewEntry | None, store: _Store, scale: float, softcap: float, sinks: Tensor | None
 ) -> Tensor:
     out = torch.empty(query.shape, dtype=torch.float32)
-    regions = store[4].size
-    if regions == 0:
-        return out.to(query.dtype)
-    shape = (regions, query.shape[0] * query.shape[1] // regions, query.shape[2])  # [B * G, R, D]
-    threads = thread_count(store[0].size)
-    run = _decode_serial if threads == 1 else _decode_parallel
-    how = (np.float32(scale), np.float32(softcap), floats(sinks))
-    run(threads, readable(query, torch.float32).reshape(shape), new, store, how, out.numpy().reshape(shape))
+    _run(_decode_worker(store[0].dtype), query, new, store, scale, softcap, sinks, out)
     return out.to(query.dtype)
 
 
@@ -137,9 +193,8 @@ def slot_write(
     mass: Tensor | None = None,
 ) -> None:
     """Append one entry to every region, in place. See `reference.slot_write`."""
-    if length.numel() > 0:
-        new = _new_entry(new_keys, new_values, new_positions, keys)
-        _append_all(new, _store(keys, values, in_place(positions, "positions"), start, length, mass))
+    store = (keys, values, positions, start, length, mass)
+    _run(_append_worker(keys.dtype), None, (new_keys, new_values, new_positions), store, 0.0, 0.0, None, None)
 
 
 def ragged_decode(
@@ -157,9 +212,7 @@ def ragged_decode(
 ) -> Tensor:
     """Attention of one query token per row over its regions, [B, H, D]. See `reference.ragged_decode`."""
     del max_length
-    store = _store(keys, values, NO_INTS, start, length, mass)
-    nothing = np.empty((0, keys.shape[1]), store[0].dtype)
-    return _decode(query, (nothing, nothing, NO_INTS), store, scale, softcap, sinks)
+    return _attend(query, None, (keys, values, None, start, length, mass), scale, softcap, sinks)
 
 
 def append_decode(
@@ -181,6 +234,5 @@ def append_decode(
 ) -> Tensor:
     """`slot_write` and `ragged_decode` in one pass, [B, H, D]. See `reference.append_decode`."""
     del max_length
-    new = _new_entry(new_keys, new_values, new_positions, keys)
-    store = _store(keys, values, in_place(positions, "positions"), start, length, mass)
-    return _decode(query, new, store, scale, softcap, sinks)
+    new = (new_keys, new_values, new_positions)
+    return _attend(query, new, (keys, values, positions, start, length, mass), scale, softcap, sinks)

@@ -2,7 +2,7 @@
 """`numba.njit` with this package's flags, typed once so that the kernels stay typed.
 
 numba keeps compiled code beside the sources. It notices a changed kernel file, but not a changed file that a kernel
-imports from: after editing `bits.py` or `regions.py`, delete `__pycache__` here.
+imports from: after editing `attend.py`, `bits.py`, `job.py` or `memory.py`, delete `__pycache__` here.
 """
 
 from __future__ import annotations
@@ -21,18 +21,17 @@ _OPTIONS: dict[str, Any] = {"nogil": True, "cache": True, "error_model": "numpy"
 
 
 def jit(function: F) -> F:
-    """Compile for one thread, sums may be reordered."""
+    """Compile; sums may be reordered."""
     compiled: F = numba.njit(function, fastmath=_REORDER, **_OPTIONS)
     return compiled
 
 
 def exact_jit(function: F) -> F:
-    """Compile for one thread, every operation as written."""
+    """Compile; every operation as written."""
     compiled: F = numba.njit(function, **_OPTIONS)
     return compiled
 
 
-def parallel_jit(function: F) -> F:
-    """Compile with the `prange` loops spread over threads, sums may be reordered."""
-    compiled: F = numba.njit(function, parallel=True, fastmath=_REORDER, **_OPTIONS)
-    return compiled
+def worker(function: Callable[[Any], None]) -> Any:
+    """Compile `function(address)` now, as a C function `void f(intptr_t)` that any thread can call."""
+    return numba.cfunc(numba.types.void(numba.types.intp), nopython=True, cache=True)(function)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""How the regions of a cache are shared among threads, and the softmax that all kernels use."""
+"""The numerator of a softmax over one row of logits, in place."""
 
 from __future__ import annotations
 
@@ -9,36 +9,6 @@ import numpy as np
 
 from .bits import exp_of_nonpositive
 from .jit import jit
-
-
-@jit
-def longest(length: Any) -> int:
-    """The largest of the lengths, 0 if there are none."""
-    most = 0
-    for i in range(length.size):
-        most = max(most, length[i])
-    return most
-
-
-@jit
-def work_order(length: Any) -> Any:
-    """Regions longer than the mean first, then the others: threads that take the next one finish together.
-
-    Returns:
-        int32, the region numbers in the order in which they should be taken.
-    """
-    count = length.size
-    total = 0
-    for i in range(count):
-        total += length[i]
-    order = np.empty(count, np.int32)
-    filled = 0
-    for long in (True, False):
-        for i in range(count):
-            if (np.int64(length[i]) * count > total) == long:
-                order[filled] = i
-                filled += 1
-    return order
 
 
 @jit
