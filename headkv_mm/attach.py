@@ -7,7 +7,6 @@ from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
-import torch
 from torch import nn
 from transformers.generation import GenerationMode
 from transformers.modeling_utils import PreTrainedModel
@@ -150,9 +149,10 @@ def _set_implementation(model: PreTrainedModel, text_config: Any, name: str) -> 
 def _backbone(model: PreTrainedModel) -> nn.Module:
     """The decoder stack: the innermost model that has the text configuration."""
     text_config = model.config.get_text_config(decoder=True)
-    return [
+    having: list[nn.Module] = [
         module for module in model.modules() if isinstance(module, PreTrainedModel) and module.config is text_config
-    ][-1]
+    ]
+    return having[-1]
 
 
 def _override(stack: ExitStack, model: nn.Module, name: str, function: Any) -> None:

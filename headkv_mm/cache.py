@@ -17,7 +17,7 @@ from .layer import HeadKVLayer
 from .memory import CacheReport
 
 
-class HeadKVCache(Cache):  # type: ignore[misc]
+class HeadKVCache(Cache):
     """A compressed cache for `model.generate(past_key_values=...)` or a loop of one's own. One batch, one cache.
 
     Full-attention layers are compressed; sliding, linear and other layers stay as transformers makes them. All state is
@@ -142,8 +142,8 @@ def check_supported(text_config: PreTrainedConfig) -> None:
         )
     if getattr(text_config, "num_kv_shared_layers", 0):
         raise ValueError(
-            f"{type(text_config).__name__} shares keys and values between layers, so an entry evicted in one layer would "
-            "be missing in another; use the stock cache"
+            f"{type(text_config).__name__} shares keys and values between layers, so what one layer evicts would be "
+            "missing in another; use the stock cache"
         )
 
 

@@ -7,7 +7,6 @@ import torch
 from torch import Tensor
 
 from .budgets import ImagePlan
-from .registry import Method
 
 
 class Observer:
@@ -41,21 +40,21 @@ class Observer:
     def watch(
         self,
         query: Tensor,
-        method: Method,
         plan: ImagePlan,
         *,
         until_first: int,
-        grouped: bool,
+        mean: bool,
+        last: int,
         visible: Tensor | None = None,
     ) -> bool:
         """Look at new queries.
 
         Args:
             query: [B, H, T, D].
-            method: says what is needed.
             plan: budget and row.
             until_first: tokens left until the first decision, after these.
-            grouped: the heads have their types already.
+            mean: the mean query is needed.
+            last: how many of the last queries are needed.
             visible: [B, T] bool, False for padding; None if there is none.
 
         Returns:
@@ -63,15 +62,13 @@ class Observer:
         """
         before = len(self.tensors)
         tokens = query.shape[2]
-        if method.scorer is not None and method.scorer.needs_mean_query and until_first < plan.row:
+        if mean and until_first < plan.row:
             seen = query if visible is None else query * visible[:, None, :, None]
             total = (seen[:, :, 0] if tokens == 1 else seen.sum(2)).float()
             self._sum = total.clone() if self._sum is None else self._sum.add_(total)
             self._count += tokens
-        if method.allocator is not None and not grouped:
-            needed = method.allocator.queries_needed(plan)
-            if needed and until_first < needed:
-                self._remember(query.transpose(1, 2), needed)
+        if last and until_first < last:
+            self._remember(query.transpose(1, 2), last)
         return len(self.tensors) > before
 
     def _remember(self, queries: Tensor, needed: int) -> None:
@@ -86,13 +83,12 @@ class Observer:
             self._last.copy_(kept)
             self._filled = needed
 
-    def clear(self, *, grouped: bool) -> None:
+    def clear(self) -> None:
         """Forget after a decision. The sum's memory stays for the next row; the last queries are needed no more."""
         if self._sum is not None:
             self._sum.zero_()
         self._count = 0
-        if grouped:
-            self._last, self._filled = None, 0
+        self._last, self._filled = None, 0
 
     def select_rows(self, rows: Tensor) -> None:
         """Take, repeat or reorder rows; `rows` is [B'] int64."""

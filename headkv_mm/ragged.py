@@ -5,8 +5,8 @@ B rows, G KV heads, D head size, N slots (the sum of all capacities). Row after 
 every (row, head) owns one contiguous region. A region is always packed: its first `length` slots are filled, in any
 order, since attention over rotated keys does not depend on order; `positions` gives the order to whoever needs it.
 
-Lengths live on the device and are never read back here. What the host must know to size an allocation (slots per row, an
-upper bound of the lengths) is kept as plain integers next to the tensors.
+Lengths live on the device and are never read back here. What the host must know to size an allocation (slots per row,
+an upper bound of the lengths) is kept as plain integers next to the tensors.
 """
 
 from __future__ import annotations

@@ -93,9 +93,9 @@ def _replace(piece: Any, options: dict[str, Any]) -> Any:
         default = getattr(piece, name)
         if isinstance(default, bool) and not isinstance(value, bool):
             raise ValueError(f"{name} must be True or False, got {value!r}")
-        if isinstance(default, (int, float)) and not isinstance(default, bool):
-            if isinstance(value, bool) or not isinstance(value, (int, float)):
-                raise ValueError(f"{name} must be a number like {default!r}, got {value!r}")
+        number = isinstance(value, (int, float)) and not isinstance(value, bool)
+        if isinstance(default, (int, float)) and not isinstance(default, bool) and not number:
+            raise ValueError(f"{name} must be a number like {default!r}, got {value!r}")
         if isinstance(default, str) and not isinstance(value, str):
             raise ValueError(f"{name} must be text like {default!r}, got {value!r}")
     return dataclasses.replace(piece, **options)
@@ -159,7 +159,7 @@ register_method(
     allocator=HeadType(),
     selector=Stratified(),
     schedule=AfterGrouping(),
-    description="Head types found online; local heads keep a window, global heads the rest; stratified eviction each row.",
+    description="Head types found online; local heads keep a window, global ones the rest; stratified eviction.",
     source="arXiv 2605.20600",
 )
 register_method(

@@ -6,7 +6,6 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-import torch
 from torch import Tensor
 
 from .. import kernels
@@ -32,10 +31,12 @@ class RecentQueries:
 
     @property
     def needs_mean_query(self) -> bool:
+        """True for logits."""
         return self.score == "logits"
 
     @property
     def needs_attention(self) -> bool:
+        """True for softmax."""
         return self.score == "softmax"
 
     def score_entries(self, observed: Observed) -> Tensor:
@@ -59,4 +60,4 @@ class Recency:
 
     def score_entries(self, observed: Observed) -> Tensor:
         """Positions as scores, [N] float32."""
-        return observed.store.positions.to(torch.float32)
+        return observed.store.positions.float()
