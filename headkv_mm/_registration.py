@@ -8,8 +8,6 @@ would double the time of the import. So each registration waits for its module, 
 from __future__ import annotations
 
 import importlib
-import importlib.util
-import sys
 from types import ModuleType
 from typing import NamedTuple
 
@@ -54,6 +52,4 @@ REGISTRATIONS = (
 def install() -> None:
     """Arranges every registration. Prints nothing and imports no module of transformers."""
     for registration in REGISTRATIONS:
-        if registration.module not in sys.modules and importlib.util.find_spec(registration.module) is None:
-            continue
         register_post_import_hook(registration, registration.after)

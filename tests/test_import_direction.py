@@ -15,6 +15,8 @@ PACKAGES = {"headkv_mm": "headkv_mm", "headkv_mm.kernels": "kernels", "headkv_mm
 # These two name the pipelines and the command line, and import them when they are asked for.
 DOORS = ("headkv_mm", "headkv_mm._registration")
 
+COMMAND_LINE = ("headkv_mm.cli", "headkv_mm.commands")
+
 
 def module_names(package: str, folder: Path) -> Iterator[tuple[str, Path]]:
     """Yields the dotted name and the file of every module of a package."""
@@ -47,11 +49,12 @@ def forbidden(importer: str, target: str) -> bool:
     if within(importer, "headkv_mm.kernels"):
         outside = within(target, "headkv_mm") and not within(target, "headkv_mm.kernels")
         return outside or any(within(target, name) for name in ("transformers", "diffusers", "accelerate"))
+    command_line = any(within(target, package) for package in COMMAND_LINE)
     if within(importer, "headkv_mm.pipelines"):
-        return within(target, "headkv_mm.cli")
-    if within(importer, "headkv_mm.cli") or importer in DOORS:
+        return command_line
+    if importer in DOORS or any(within(importer, package) for package in COMMAND_LINE):
         return False
-    return within(target, "headkv_mm.pipelines") or within(target, "headkv_mm.cli") or target == "headkv_mm.pipeline"
+    return command_line or within(target, "headkv_mm.pipelines") or target == "headkv_mm.pipeline"
 
 
 ALL_MODULES = [pair for package, folder in PACKAGES.items() for pair in module_names(package, ROOT / folder)]
@@ -78,6 +81,7 @@ def test_imports_go_one_way(name: str, path: Path) -> None:
         ("headkv_mm.cache", "from .pipelines.factory import pipeline", True),
         ("headkv_mm.cache", "from headkv_mm import kernels", False),
         ("headkv_mm.cache", "def late():\n    import headkv_mm.cli", True),
+        ("headkv_mm.pipelines.factory", "from headkv_mm.commands import plan", True),
         ("headkv_mm.pipelines.factory", "from headkv_mm.cache import HeadKVCache", False),
         ("headkv_mm.cli", "from headkv_mm.pipelines import pipeline", False),
     ],

@@ -39,7 +39,8 @@ def test_every_command_is_of_a_kind_that_is_checked_here() -> None:
 
 def test_every_make_target_exists() -> None:
     named = {word for command in commands() if command[0] == "make" for word in command[1:] if "=" not in word}
-    inline = set(re.findall(r"`make ([a-z]+)", "\n".join((ROOT / name).read_text(encoding="utf-8") for name in DOCUMENTS)))
+    prose = "\n".join((ROOT / name).read_text(encoding="utf-8") for name in DOCUMENTS)
+    inline = set(re.findall(r"`make ([a-z]+)", prose))
     assert named
     assert named | inline <= make_targets()
 
