@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""`append_decode`: write the new entry of every region and attend to all of it, in one launch where regions are short."""
+"""`append_decode`: write the new entry of every region and attend to the whole region, one launch if it is short."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from torch import Tensor
 
 from .common import (
     CHUNK,
+    OPTIONS,
     STAGES,
     attend,
     block_slots,
@@ -55,6 +56,7 @@ def append_decode_kernel(
     UPCAST: tl.constexpr,
     STAGES: tl.constexpr,
 ):
+    """One program per region: slot write and attention of the region, new entry included."""
     row = tl.program_id(0).to(tl.int64)
     n = tl.load(length + row)
     base = tl.load(start + row).to(tl.int64)
@@ -70,7 +72,7 @@ def append_decode_kernel(
     tl.store(positions + slot, tl.load(new_positions + row // G))
     if mass is not None:
         tl.store(mass + slot, 0.0)
-    # The new entry enters the softmax from registers and the loop reads only the old slots: nothing waits for the store.
+    # The new entry enters the softmax from registers and the loop reads only old slots: nothing waits for the store.
     peak, total, acc = initial_state(sinks, row, G, R, RP, DP)
     raw = tl.sum(q.to(tl.float32) * k_new.to(tl.float32)[None, :], 1)
     logits = logits_base2(raw, scale, softcap, SOFTCAP)  # [RP]
@@ -157,7 +159,7 @@ def append_decode(
         SOFTCAP=softcap > 0,
         UPCAST=upcast(query, keys),
         STAGES=STAGES,
-        num_warps=4,
+        **OPTIONS,
     )
     if mass is not None and lse is not None:
         add_decode_mass(query, keys, start, length, lse, mass, scale=scale, softcap=softcap, max_length=bound)

@@ -16,12 +16,15 @@ SUPPORTED_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 """Storage dtypes of these kernels. float64 is for the reference."""
 
 CHUNK = 1024
-"""Slots per program of a split decode. Regions up to this bound are attended by one program, without partial results."""
+"""Slots per program of a split decode. Regions up to this bound take one program and no partial results."""
 
 TILE_BYTES = 16384
 """Bytes of one K or V tile. Three pipeline stages of a K and a V tile then fit the smallest shared memory in use."""
 
 STAGES = 3
+
+OPTIONS = {"num_warps": 4, "enable_fp_fusion": True}
+"""Compiler options of every launch. Fused multiply-adds by name, because their default differs between releases."""
 
 NEGATIVE = tl.constexpr(-1.0e30)  # finite on purpose: -inf - -inf would be NaN
 LOG2E = tl.constexpr(1.4426950408889634)
@@ -68,8 +71,14 @@ def check_storage(keys: Tensor, **others: Tensor | None) -> None:
 
     Raises:
         TypeError: keys in a dtype outside `SUPPORTED_DTYPES`.
-        ValueError: a tensor that is not contiguous; kernels write in place, so a copy would lose the result.
+        ValueError: storage in host memory, or a tensor that is not contiguous; kernels write in place, so a copy would
+            lose the result.
     """
+    if keys.device.type == "cpu" and not interpreting():
+        raise ValueError(
+            "Triton kernels need tensors on a GPU, got CPU tensors: use the numba or reference backend, or start "
+            "Python with TRITON_INTERPRET=1."
+        )
     if keys.dtype not in SUPPORTED_DTYPES:
         raise TypeError(
             f"Triton kernels take float32, float16 or bfloat16 storage, got {keys.dtype}; use the reference."
@@ -129,7 +138,7 @@ def logits_base2(product, scale, softcap, SOFTCAP: tl.constexpr):
 
 @triton.jit
 def dot_keys(q, k, UPCAST: tl.constexpr):
-    """q [m, DP] times k [n, DP] transposed, float32 [m, n]."""
+    """Product of q [m, DP] and k [n, DP] transposed, float32 [m, n]."""
     if UPCAST:
         out = tl.dot(q.to(tl.float32), tl.trans(k.to(tl.float32)), input_precision="ieee")
     else:
@@ -139,7 +148,7 @@ def dot_keys(q, k, UPCAST: tl.constexpr):
 
 @triton.jit
 def initial_state(sinks, row, G, R: tl.constexpr, RP: tl.constexpr, DP: tl.constexpr):
-    """Running maximum [RP], sum [RP] and output [RP, DP] of an online softmax, with the sink in it where there is one."""
+    """Running maximum [RP], sum [RP] and output [RP, DP] of an online softmax, sink included where there is one."""
     r = tl.arange(0, RP)
     if sinks is None:
         peak = tl.full([RP], NEGATIVE, tl.float32)

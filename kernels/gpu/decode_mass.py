@@ -13,6 +13,7 @@ from torch import Tensor
 
 from .common import (
     CHUNK,
+    OPTIONS,
     STAGES,
     block_slots,
     dot_keys,
@@ -44,6 +45,7 @@ def decode_mass_kernel(
     UPCAST: tl.constexpr,
     STAGES: tl.constexpr,
 ):
+    """One program per region and chunk."""
     row = tl.program_id(0).to(tl.int64)
     n = tl.load(length + row)
     lo = tl.program_id(1) * CHUNK
@@ -104,5 +106,5 @@ def add_decode_mass(
         SOFTCAP=softcap > 0,
         UPCAST=upcast(query, keys),
         STAGES=STAGES,
-        num_warps=4,
+        **OPTIONS,
     )

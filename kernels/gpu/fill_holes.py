@@ -13,7 +13,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .common import check_storage, load_tile, padded_head_size, programs_per_region, store_tile
+from .common import OPTIONS, check_storage, load_tile, padded_head_size, programs_per_region, store_tile
 
 _BLOCK = 1024
 _MOVES = 32
@@ -30,6 +30,7 @@ def list_moves_kernel(
     moves,  # [B * G] int32
     BLOCK: tl.constexpr,
 ):
+    """One program per region: what moves where, freed positions, and the new length."""
     row = tl.program_id(0).to(tl.int64)
     n = tl.load(length + row)
     base = tl.load(start + row).to(tl.int64)
@@ -71,6 +72,7 @@ def move_kernel(
     DP: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
+    """Several programs per region: entry i of the sources to entry i of the targets."""
     row = tl.program_id(0).to(tl.int64)
     count = tl.load(moves + row)
     base = tl.load(start + row).to(tl.int64)
@@ -107,7 +109,7 @@ def fill_holes(
     targets = torch.empty(slots, dtype=torch.int32, device=keys.device)
     moves = torch.empty(regions, dtype=torch.int32, device=keys.device)
     list_moves_kernel[(regions,)](
-        victims.view(torch.uint8), positions, start, length, sources, targets, moves, BLOCK=_BLOCK, num_warps=4
+        victims.view(torch.uint8), positions, start, length, sources, targets, moves, BLOCK=_BLOCK, **OPTIONS
     )
     size = keys.shape[-1]
     move_kernel[(regions, programs_per_region(regions, slots, _MOVES))](
@@ -122,5 +124,5 @@ def fill_holes(
         D=size,
         DP=padded_head_size(size),
         BLOCK=_MOVES,
-        num_warps=4,
+        **OPTIONS,
     )

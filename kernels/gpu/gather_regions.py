@@ -12,7 +12,15 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .common import check_contiguous, check_storage, load_tile, padded_head_size, programs_per_region, store_tile
+from .common import (
+    OPTIONS,
+    check_contiguous,
+    check_storage,
+    load_tile,
+    padded_head_size,
+    programs_per_region,
+    store_tile,
+)
 
 _BLOCK = 1024
 _COPIES = 32
@@ -30,6 +38,7 @@ def list_kept_kernel(
     G,
     BLOCK: tl.constexpr,
 ):
+    """One program per new region: the kept slots in slot order, and their number."""
     new_row = tl.program_id(0).to(tl.int64)
     row = tl.load(rows + new_row // G) * G + new_row % G
     n = tl.load(length + row)
@@ -65,6 +74,7 @@ def copy_kernel(
     DP: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
+    """Several programs per new region."""
     new_row = tl.program_id(0).to(tl.int64)
     new_base = tl.load(new_start + new_row).to(tl.int64)
     row = tl.load(rows + new_row // G) * G + new_row % G
@@ -136,7 +146,7 @@ def gather_regions(
             sources,
             groups,
             BLOCK=_BLOCK,
-            num_warps=4,
+            **OPTIONS,
         )
     copy_kernel[(regions, programs_per_region(regions, new_keys.shape[0], _COPIES))](
         rows,
@@ -157,5 +167,5 @@ def gather_regions(
         D=size,
         DP=padded_head_size(size),
         BLOCK=_COPIES,
-        num_warps=4,
+        **OPTIONS,
     )

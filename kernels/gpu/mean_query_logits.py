@@ -8,7 +8,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .common import block_slots, check_storage, load_tile, padded_head_size, programs_per_region
+from .common import OPTIONS, block_slots, check_storage, load_tile, padded_head_size, programs_per_region
 
 
 @triton.jit
@@ -25,6 +25,7 @@ def mean_query_logits_kernel(
     DP: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ):
+    """Several programs per region, each on every n-th block."""
     row = tl.program_id(0).to(tl.int64)
     n = tl.load(length + row)
     base = tl.load(start + row).to(tl.int64)
@@ -62,6 +63,6 @@ def mean_query_logits(mean_query: Tensor, keys: Tensor, start: Tensor, length: T
         D=size,
         DP=padded_head_size(size),
         BLOCK_N=block,
-        num_warps=4,
+        **OPTIONS,
     )
     return logits

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """`ragged_decode`: attention of one query token per row over regions of any length.
 
-Regions of up to `CHUNK` slots: one program per region writes the output. Longer bounds: one program per region and chunk
-leaves a normalised partial output and its log-sum-exp, programs past the end of their region stop at once, and a second
-kernel combines. The result of a region does not depend on the other rows.
+Regions of up to `CHUNK` slots: one program per region writes the output. Longer bounds: one program per region and
+chunk leaves a normalised partial output and its log-sum-exp, programs past the end of their region stop at once, and a
+second kernel combines. The result of a region does not depend on the other rows.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from torch import Tensor
 
 from .common import (
     CHUNK,
+    OPTIONS,
     STAGES,
     attend,
     block_slots,
@@ -54,6 +55,7 @@ def decode_kernel(
     UPCAST: tl.constexpr,
     STAGES: tl.constexpr,
 ):
+    """One program per region and chunk: a partial output with its log-sum-exp, or the output if there is one chunk."""
     row = tl.program_id(0).to(tl.int64)
     chunk = tl.program_id(1)
     n = tl.load(length + row)
@@ -94,6 +96,7 @@ def combine_kernel(
     DP: tl.constexpr,
     CHUNK: tl.constexpr,
 ):
+    """One program per region: the weighted mean of its partial outputs."""
     row = tl.program_id(0).to(tl.int64)
     used = (tl.load(length + row) + CHUNK - 1) // CHUNK
     r = tl.arange(0, RP)
@@ -164,7 +167,7 @@ def ragged_decode(
         SOFTCAP=softcap > 0,
         UPCAST=upcast(query, keys),
         STAGES=STAGES,
-        num_warps=4,
+        **OPTIONS,
     )
     if chunks > 1:
         combine_kernel[(regions,)](
@@ -178,7 +181,7 @@ def ragged_decode(
             start.shape[1],
             **shape,
             RP=int(triton.next_power_of_2(group)),
-            num_warps=4,
+            **OPTIONS,
         )
     if mass is not None and lse is not None:
         add_decode_mass(query, keys, start, length, lse, mass, scale=scale, softcap=softcap, max_length=bound)

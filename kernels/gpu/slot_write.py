@@ -7,7 +7,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .common import check_storage, padded_head_size
+from .common import OPTIONS, check_storage, padded_head_size
 
 
 @triton.jit
@@ -25,6 +25,7 @@ def slot_write_kernel(
     D: tl.constexpr,
     DP: tl.constexpr,
 ):
+    """One program per region."""
     row = tl.program_id(0).to(tl.int64)
     n = tl.load(length + row)
     slot = tl.load(start + row).to(tl.int64) + n
@@ -71,5 +72,5 @@ def slot_write(
         start.shape[1],
         D=size,
         DP=padded_head_size(size),
-        num_warps=1,
+        **{**OPTIONS, "num_warps": 1},  # one warp is enough for one entry
     )

@@ -15,7 +15,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ..reference import STRATA_UNITS
-from .common import check_contiguous
+from .common import OPTIONS, check_contiguous
 
 _BLOCK = 1024
 _LOWEST = tl.constexpr(-(2**63))
@@ -62,6 +62,7 @@ def stratified_victims_kernel(
     ratio_units,
     BLOCK: tl.constexpr,
 ):
+    """One program per region."""
     row = tl.program_id(0).to(tl.int64)
     n = tl.load(length + row)
     base = tl.load(start + row).to(tl.int64)
@@ -166,6 +167,6 @@ def stratified_victims(
             victims,
             round(strata_ratio * STRATA_UNITS),
             BLOCK=_BLOCK,
-            num_warps=4,
+            **OPTIONS,
         )
     return victims.view(torch.bool)

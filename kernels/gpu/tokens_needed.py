@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """`tokens_needed` and `head_mass`: how many of the newest entries hold a share of a region's mass.
 
-Regions are packed, not sorted. Instead of sorting, one program per region bisects the position p: the mass of entries at
-or after p falls as p rises, and the answer is the number of entries at or after the last p that still reaches the
+Regions are packed, not sorted. Instead of sorting, one program per region bisects the position p: the mass of entries
+at or after p falls as p rises, and the answer is the number of entries at or after the last p that still reaches the
 target. Each step is one pass over positions and mass, about log2(range of positions) passes for any length.
 """
 
@@ -13,7 +13,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .common import check_contiguous
+from .common import OPTIONS, check_contiguous
 from .window_mass import window_mass
 
 _BLOCK = 1024
@@ -38,6 +38,7 @@ def _mass_since(positions, mass, base, n, since, BLOCK: tl.constexpr):
 
 @triton.jit
 def tokens_needed_kernel(mass, positions, start, length, needed, tau, BLOCK: tl.constexpr):
+    """One program per region."""
     row = tl.program_id(0).to(tl.int64)
     n = tl.load(length + row)
     base = tl.load(start + row).to(tl.int64)
@@ -77,7 +78,7 @@ def tokens_needed(mass: Tensor, positions: Tensor, start: Tensor, length: Tensor
     needed = torch.zeros_like(start, memory_format=torch.contiguous_format)
     if start.numel():
         tokens_needed_kernel[(start.numel(),)](
-            mass, positions, start.contiguous(), length.contiguous(), needed, float(tau), BLOCK=_BLOCK, num_warps=4
+            mass, positions, start.contiguous(), length.contiguous(), needed, float(tau), BLOCK=_BLOCK, **OPTIONS
         )
     return needed
 

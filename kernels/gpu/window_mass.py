@@ -2,7 +2,8 @@
 """`window_mass`: mean attention of a window of queries per slot, without a [Q, n] matrix in memory.
 
 Two passes over the keys. The first leaves each query's log-sum-exp over every part of the region, the second turns
-logits into weights and sums them over the window. Query rows of a region are numbered m = query * R + head of the group.
+logits into weights and sums them over the window. The query rows of a region are numbered m = query * R + head, heads
+counted inside their group.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from torch import Tensor
 from .common import (
     LOG2E,
     NEGATIVE,
+    OPTIONS,
     STAGES,
     block_slots,
     check_contiguous,
@@ -66,6 +68,7 @@ def window_lse_kernel(
     UPCAST: tl.constexpr,
     STAGES: tl.constexpr,
 ):
+    """Several programs per region and block of queries, each on every n-th block of slots."""
     row = tl.program_id(0).to(tl.int64)
     part = tl.program_id(1)
     parts = tl.num_programs(1)
@@ -117,6 +120,7 @@ def window_mass_kernel(
     BLOCK_N: tl.constexpr,
     UPCAST: tl.constexpr,
 ):
+    """Several programs per region, each on every n-th block of slots and all queries."""
     row = tl.program_id(0).to(tl.int64)
     n = tl.load(length + row)
     base = tl.load(start + row).to(tl.int64)
@@ -174,9 +178,9 @@ def window_mass(
     storage = (queries, query_positions, keys, positions, start, length, first_position)
     lse = torch.empty((regions, parts, rows), dtype=torch.float32, device=keys.device)
     window_lse_kernel[(regions, parts, triton.cdiv(rows, block_m))](
-        *storage, lse, float(scale), start.shape[1], **shape, **blocks, STAGES=STAGES, num_warps=4
+        *storage, lse, float(scale), start.shape[1], **shape, **blocks, STAGES=STAGES, **OPTIONS
     )
     window_mass_kernel[(regions, parts)](
-        *storage, lse.logsumexp(1), mass, float(scale), start.shape[1], **shape, **blocks, num_warps=4
+        *storage, lse.logsumexp(1), mass, float(scale), start.shape[1], **shape, **blocks, **OPTIONS
     )
     return mass
