@@ -3,24 +3,25 @@
 
 from __future__ import annotations
 
-from ..reference import (
-    fill_holes,
-    gather_regions,
-    mean_query_logits,
-    stratified_victims,
-    tokens_needed,
-    window_mass,
-)
 from .decode import append_decode, ragged_decode, slot_write
+from .fill_holes import fill_holes
+from .gather_regions import gather_regions
+from .mean_query_logits import mean_query_logits
+from .stratified_victims import stratified_victims
+from .tokens_needed import tokens_needed
+from .warm_up import warm_up
+from .window_mass import head_mass, window_mass
 
 __all__ = [
     "append_decode",
     "fill_holes",
     "gather_regions",
+    "head_mass",
     "mean_query_logits",
     "ragged_decode",
     "slot_write",
     "stratified_victims",
     "tokens_needed",
+    "warm_up",
     "window_mass",
 ]

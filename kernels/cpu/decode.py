@@ -16,12 +16,12 @@ from torch import Tensor
 from .attend import attend
 from .jit import jit, worker
 from .job import (
-    ELEMENTS,
     FIRST,
     REGIONS,
     address_of,
     as_float32,
     as_integer,
+    element_of,
     longest,
     next_region,
     opened,
@@ -96,8 +96,8 @@ def _decode(address: int, element: Any) -> None:
 
 
 @functools.cache
-def _append_worker(dtype: torch.dtype) -> Any:
-    element = ELEMENTS[dtype]
+def append_worker_for(dtype: torch.dtype) -> Any:
+    element = element_of(dtype)
 
     def append_all(address: Any) -> None:
         _append_all(address, element(0))
@@ -106,8 +106,8 @@ def _append_worker(dtype: torch.dtype) -> Any:
 
 
 @functools.cache
-def _decode_worker(dtype: torch.dtype) -> Any:
-    element = ELEMENTS[dtype]
+def decode_worker_for(dtype: torch.dtype) -> Any:
+    element = element_of(dtype)
 
     def decode(address: Any) -> None:
         _decode(address, element(0))
@@ -177,7 +177,7 @@ def _attend(
     query: Tensor, new: _NewEntry | None, store: _Store, scale: float, softcap: float, sinks: Tensor | None
 ) -> Tensor:
     out = torch.empty(query.shape, dtype=torch.float32)
-    _run(_decode_worker(store[0].dtype), query, new, store, scale, softcap, sinks, out)
+    _run(decode_worker_for(store[0].dtype), query, new, store, scale, softcap, sinks, out)
     return out.to(query.dtype)
 
 
@@ -194,7 +194,7 @@ def slot_write(
 ) -> None:
     """Append one entry to every region, in place. See `reference.slot_write`."""
     store = (keys, values, positions, start, length, mass)
-    _run(_append_worker(keys.dtype), None, (new_keys, new_values, new_positions), store, 0.0, 0.0, None, None)
+    _run(append_worker_for(keys.dtype), None, (new_keys, new_values, new_positions), store, 0.0, 0.0, None, None)
 
 
 def ragged_decode(

@@ -23,10 +23,20 @@ COUNTER, REGIONS, LONG = 0, 1, 2
 FIRST = 3
 """Where the kernel's own numbers start."""
 
-ELEMENTS: dict[torch.dtype, Any] = {torch.float32: np.float32, torch.bfloat16: np.uint16, torch.float16: np.int16}
-"""How a worker sees a tensor's elements: `bits.widen` knows what the integers mean."""
+_ELEMENTS: dict[torch.dtype, Any] = {torch.float32: np.float32, torch.bfloat16: np.uint16, torch.float16: np.int16}
 
 _FLOAT, _INTEGER = struct.Struct("=d"), struct.Struct("=q")
+
+
+def element_of(dtype: torch.dtype) -> Any:
+    """The numpy type in which a worker sees elements of a dtype; `bits.widen` knows what the integers mean.
+
+    Raises:
+        TypeError: the kernels here have no code for the dtype.
+    """
+    if dtype not in _ELEMENTS:
+        raise TypeError(f"the numba kernels take float32, float16 or bfloat16, got {dtype}: use kernels.reference")
+    return _ELEMENTS[dtype]
 
 
 def address_of(tensor: Tensor | None, dtype: torch.dtype, count: int, name: str) -> int:
@@ -62,8 +72,9 @@ def as_integer(number: float) -> int:
 def run_job(worker: Any, numbers: list[int], regions: int, slots: int, elements: int) -> None:
     """Run a worker over `regions` regions that lie in `slots` slots; the job reads about `elements` elements."""
     # Regions longer than the mean capacity are taken first (see `next_region`).
-    job = array.array("q", [0, regions, slots // max(regions, 1), *numbers])
-    run(worker, job.buffer_info()[0], thread_count(elements))
+    if regions > 0:
+        job = array.array("q", [0, regions, slots // regions, *numbers])
+        run(worker, job.buffer_info()[0], thread_count(elements))
 
 
 @jit
@@ -83,8 +94,8 @@ def next_region(job: Any, length: Any) -> int:
     """The next region for this thread, -1 when there is none left.
 
     There are two rounds of tickets, first for the long regions and then for the others, so that no thread starts a long
-    one last. A decode step makes regions longer meanwhile; only those that the first round has taken are looked at
-    again, and they stay long.
+    one last. The lengths may grow meanwhile, as in a decode step: only regions that the first round has taken are looked
+    at again, and they stay long. They may not shrink.
     """
     while True:
         ticket = fetch_and_add_one(job)

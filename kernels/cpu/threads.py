@@ -32,6 +32,10 @@ def thread_count(numbers: int) -> int:
     return 1 if numbers < SMALL else torch.get_num_threads()
 
 
+def _call_gomp(gomp_parallel: Any, worker: Any, job: int, threads: int) -> None:
+    gomp_parallel(worker.address, job, threads, 0)
+
+
 def torch_fork() -> Fork | None:
     """Fork with the OpenMP library of torch; None if torch was built without one, or with an unknown one."""
     library_directory = Path(torch.__file__).parent / "lib"
@@ -45,10 +49,7 @@ def torch_fork() -> Fork | None:
         gomp_parallel.argtypes = [ctypes.c_void_p, ctypes.c_void_p, ctypes.c_uint, ctypes.c_uint]
         gomp_parallel.restype = None
 
-        def fork(worker: Any, job: int, threads: int) -> None:
-            gomp_parallel(worker.address, job, threads, 0)
-
-        return fork
+        return functools.partial(_call_gomp, gomp_parallel)
     return None
 
 
