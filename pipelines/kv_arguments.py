@@ -18,7 +18,8 @@ class KVArguments:
     """What a user said about the KV cache, in one place.
 
     Attributes:
-        compression: a method's name, a dict with "method" and options, a `Compression`, or None if not given.
+        compression: a method's name, a dict with "method" and options, a `Compression`, or None if not given. An
+            explicit `kv_compression=None` is the full cache, as everywhere in the library, and stands here as "none".
         budget: a share (also as text, "1/6"), entries per KV head, or bytes as text; None if not given.
         options: options of the method.
     """
@@ -30,6 +31,14 @@ class KVArguments:
     def __post_init__(self) -> None:
         if not isinstance(self.options, Mapping):
             raise TypeError(f"kv_options must be a dict of options, got {type(self.options).__name__}")
+
+    @classmethod
+    def of(cls, parameters: Mapping[str, Any]) -> KVArguments:
+        """Pick `kv_compression`, `kv_budget` and `kv_options` out of a call's arguments."""
+        compression = parameters.get("kv_compression")
+        if compression is None and "kv_compression" in parameters:
+            compression = OFF
+        return cls(compression, parameters.get("kv_budget"), parameters.get("kv_options") or {})
 
     @property
     def given(self) -> bool:
@@ -48,7 +57,7 @@ class KVArguments:
             return KVArguments(self.compression, budget, {**self.options, **call.options})
         budget = call.budget
         if budget is None and isinstance(call.compression, str) and call.compression != OFF:
-            budget = self.budget
+            budget = self.budget  # a dict or a Compression brings its own
         inherited = self.options if call.compression == self.compression else {}
         return KVArguments(call.compression, budget, {**inherited, **call.options})
 

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from transformers.pipelines.base import Pipeline
 
 from headkv_mm.memory import plan_memory
-from headkv_mm.pipelines.caches import FULL, kept_image_tokens, run_report
+from headkv_mm.pipelines.caches import kept_image_tokens, run_report
 from headkv_mm.pipelines.kv_arguments import KVArguments
 from headkv_mm.pipelines.models import adapter_for
 from headkv_mm.pipelines.models.base import Sampling
@@ -23,6 +23,7 @@ from headkv_mm.pipelines.seeds import check_seed, image_seeds
 if TYPE_CHECKING:
     import torch
 
+    from headkv_mm.image_grid import ImageGrid
     from headkv_mm.pipelines.outputs import GenerationReport
 
 _KV = ("kv_compression", "kv_budget", "kv_options")
@@ -60,7 +61,7 @@ class TextToImagePipeline(Pipeline):  # type: ignore[misc]
         batch_size: images that are generated together; by default all images of one prompt.
         seed: seed of a prompt's first image; image j has `seed + j`, whatever else is in the batch. Or a list with
             one seed per image. By default drawn from torch's global generator.
-        kv_compression: name of a method, "none", a dict, or a `Compression`.
+        kv_compression: name of a method, a dict, or a `Compression`; "none" or None for the full cache.
         kv_budget: share of the image's entries kept per KV head (0 to 1), entries per KV head (int), or bytes
             ("512MiB"). The prompt is always kept and comes on top.
         kv_options: dict of options of the method.
@@ -112,11 +113,25 @@ class TextToImagePipeline(Pipeline):  # type: ignore[misc]
         if isinstance(inputs, (list, tuple)):
             if not inputs:
                 raise ValueError("got an empty list of prompts: give at least one")
-            prompts = [self._prompt(item) for item in inputs]  # all of them, before the first is generated
+            prompts = self.check_prompts(inputs)  # all of them, before the first is generated
             return list(self._outputs(prompts, size, parameters, total=len(prompts)))
         if not isinstance(inputs, Iterable) and not hasattr(inputs, "__getitem__"):
             raise TypeError(f"prompts must be text or a list of texts, got {type(inputs).__name__}")
         return self._outputs((self._prompt(item) for item in inputs), size, parameters, total=None)
+
+    @property
+    def image_grid(self) -> ImageGrid:
+        """The tokens of an image."""
+        return self._adapter.grid
+
+    def check_prompts(self, prompts: Iterable[str]) -> list[str]:
+        """The prompts as the model reads them, without generating anything.
+
+        Raises:
+            TypeError: for a prompt that is no text.
+            ValueError: for an empty prompt, or one that the model cannot read.
+        """
+        return [self._prompt(prompt) for prompt in prompts]
 
     def _sanitize_parameters(self, **parameters: Any) -> tuple[dict[str, Any], dict[str, Any], dict[str, Any]]:
         unknown = sorted(set(parameters) - {*_KV, *_SAMPLING, *_OTHER, *_IGNORED})
@@ -127,10 +142,8 @@ class TextToImagePipeline(Pipeline):  # type: ignore[misc]
             )
         own: dict[str, Any] = getattr(self, "_forward_params", {})  # not there yet while the pipeline is made
         given: dict[str, Any] = {name: parameters[name] for name in _OTHER if parameters.get(name) is not None}
-        if any(parameters.get(name) is not None for name in _KV):
-            call = KVArguments(
-                parameters.get("kv_compression"), parameters.get("kv_budget"), parameters.get("kv_options") or {}
-            )
+        call = KVArguments.of(parameters)
+        if call.given:
             given["kv"] = own.get("kv", KVArguments()).overridden_by(call)
         chosen = {name: parameters[name] for name in _SAMPLING if parameters.get(name) is not None}
         if chosen:
@@ -157,7 +170,6 @@ class TextToImagePipeline(Pipeline):  # type: ignore[misc]
         seconds = time.perf_counter() - began
         report = run_report(
             made.caches,
-            compression,
             images=len(tokens),
             tokens=tokens.numel(),
             seconds=seconds,
@@ -168,7 +180,6 @@ class TextToImagePipeline(Pipeline):  # type: ignore[misc]
             text = self.model.config.get_text_config(decoder=True)
             kept = kept_image_tokens(
                 made.caches[0],
-                compression,
                 encoded.condition_lengths.cpu(),
                 self._adapter.grid.tokens,
                 text.num_hidden_layers,
@@ -201,7 +212,7 @@ class TextToImagePipeline(Pipeline):  # type: ignore[misc]
         """
         image_seeds(parameters.get("seed"), parameters.get("num_images", 1))
         compression = parameters.get("kv", KVArguments()).resolve()
-        if compression.method != FULL:
+        if compression.resolve().compresses:
             plan_memory(self.model, compression, image_grid=self._adapter.grid)  # refuses a budget that is too small
         if "image_grid" in parameters:
             self._adapter.check_grid(parameters["image_grid"])

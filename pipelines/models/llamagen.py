@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from headkv_mm.pipelines.caches import new_cache
 from headkv_mm.pipelines.models.base import EncodedPrompts, GeneratedTokens, ImageModelAdapter, Sampling
 
 if TYPE_CHECKING:
@@ -92,7 +91,7 @@ class LlamaGenAdapter(ImageModelAdapter):
         on_token: Callable[[], None] | None = None,
     ) -> GeneratedTokens:
         """Run the model's own loop on an explicit cache, so that threads do not meet."""
-        cache = new_cache(self.model, compression, self.grid)
+        cache = self._new_cache(compression, guided=sampling.guidance_scale != 1, prompts=prompts)
         tokens = self.model.generate(
             **prompts.inputs,
             guidance_scale=sampling.guidance_scale,
@@ -112,6 +111,24 @@ class LlamaGenAdapter(ImageModelAdapter):
 
         pixels = self.model.decode_image_tokens(tokens.to(self.model.device))
         return [Image.fromarray(picture.numpy()) for picture in pixels.cpu()]
+
+    def _new_cache(self, compression: Compression, *, guided: bool, prompts: EncodedPrompts) -> Any:
+        """An empty cache: a compressed one, or the one the model makes for itself.
+
+        The latter is transformers' own, or that of a `headkv_mm.compress` around the call.
+        """
+        if compression.resolve().compresses:
+            from headkv_mm.cache import HeadKVCache
+
+            return HeadKVCache(self.model, compression, image_grid=self.grid)
+        rows, columns = prompts.inputs["input_ids"].shape
+        return self.model._prepare_static_cache(
+            cache_implementation="static",
+            batch_size=2 * rows if guided else rows,
+            max_cache_len=columns + self.grid.tokens,
+            prefill_chunk_size=None,
+            model_kwargs={},
+        )
 
     def _tokens(self, prompts: list[str]) -> tuple[torch.Tensor, torch.Tensor]:
         """Ids and mask int64 [B, P], padded on the left."""
