@@ -39,7 +39,7 @@ def build_parser() -> argparse.ArgumentParser:
         _add(commands, name, module.HELP, module.EXAMPLE, module.add_arguments, module.run)
     import importlib.util
 
-    if importlib.util.find_spec("headkv_mm.evaluation") is not None:
+    if importlib.util.find_spec("headkv_mm.evaluation") and importlib.util.find_spec("headkv_mm.evaluation.command"):
         from headkv_mm.evaluation import command as evaluation
 
         _add(
