@@ -32,7 +32,7 @@ def parse_budget(text: str) -> Budget:
         return check_budget(text)
     try:
         value: Budget = int(text) if text.strip().isdecimal() else float(Fraction(text.replace(" ", "")))
-    except (ValueError, ZeroDivisionError):
+    except (ValueError, ZeroDivisionError, OverflowError):
         raise ValueError(f"budget {text!r} is not understood; {_EXPECTED}") from None
     return check_budget(value)
 

@@ -266,8 +266,9 @@ class HeadKVLayer(CacheLayerMixin):
 
     def _append_dense(self, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
         # Exactly what a stock layer does, also at the first call, so that results are the same bit for bit.
-        before = (keys.new_empty(0), values.new_empty(0)) if self.keys is None else (self.keys, self.values)
-        self.keys, self.values = torch.cat([before[0], keys], dim=-2), torch.cat([before[1], values], dim=-2)
+        if self.keys is None or self.values is None:
+            self.keys, self.values = keys.new_empty(0), values.new_empty(0)
+        self.keys, self.values = torch.cat([self.keys, keys], dim=-2), torch.cat([self.values, values], dim=-2)
         return self.keys, self.values
 
     def _note_padding(self, visible: Tensor | None) -> None:

@@ -6,6 +6,11 @@ from __future__ import annotations
 import os
 
 import pytest
+from hypothesis import settings
+
+# Shared machines are slow now and then; a slow example is not a wrong one.
+settings.register_profile("headkv-mm", deadline=None)
+settings.load_profile("headkv-mm")
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # before anything imports huggingface_hub
 

@@ -102,7 +102,7 @@ def oracle(model: LlamaForCausalLM, decode: Callable[..., Run]) -> Iterator[Call
     """Logits of a full cache in which every row and head may see only the given positions, step by step."""
     state: dict[str, object] = {}
 
-    def attention(module, query, key, value, attention_mask, scaling=None, dropout=0.0, **kwargs):  # type: ignore[no-untyped-def]
+    def attention(module, query, key, value, attention_mask, scaling=None, dropout=0.0, **kwargs):
         batch, heads, tokens, _ = query.shape
         group, columns = heads // key.shape[1], key.shape[2]
         if attention_mask is None:
@@ -137,4 +137,4 @@ def oracle(model: LlamaForCausalLM, decode: Callable[..., Run]) -> Iterator[Call
         finally:
             model.set_attn_implementation(before)
 
-    yield run
+    return run

@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import copy
 import gc
-from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -33,14 +32,14 @@ def make(
 
 
 @pytest.mark.parametrize("method", methods())
-def test_a_full_budget_is_the_stock_cache_bit_for_bit(model, grid, inputs, decode, method) -> None:  # type: ignore[no-untyped-def]
+def test_a_full_budget_is_the_stock_cache_bit_for_bit(model, grid, inputs, decode, method) -> None:
     stock = decode(inputs, DynamicCache(config=model.config), 40)
     ours = decode(inputs, make(model, grid, method, budget=1.0), 40)
     assert torch.equal(stock.logits, ours.logits)
 
 
 @pytest.mark.parametrize(("method", "options"), OPTIONS)
-def test_eviction_equals_a_full_cache_with_the_evicted_masked(  # type: ignore[no-untyped-def]
+def test_eviction_equals_a_full_cache_with_the_evicted_masked(
     model, grid, inputs, decode, oracle, method, options
 ) -> None:
     cache = make(model, grid, method, **options)
@@ -54,7 +53,7 @@ def test_eviction_equals_a_full_cache_with_the_evicted_masked(  # type: ignore[n
 
 
 @pytest.mark.parametrize(("method", "options"), OPTIONS)
-def test_a_padded_row_equals_the_prompt_alone(model, grid, inputs, decode, method, options) -> None:  # type: ignore[no-untyped-def]
+def test_a_padded_row_equals_the_prompt_alone(model, grid, inputs, decode, method, options) -> None:
     if options.get("share_labels"):
         pytest.skip("shared labels tie the rows of a batch together by definition")
     batch_cache, alone_cache = make(model, grid, method, **options), make(model, grid, method, **options)
@@ -71,7 +70,7 @@ def test_a_padded_row_equals_the_prompt_alone(model, grid, inputs, decode, metho
 
 @pytest.mark.parametrize("method", COMPRESSING)
 @pytest.mark.parametrize("budget", [0.25, 16, 0.5])
-def test_storage_is_condition_budget_and_one_row(model, grid, inputs, decode, method, budget) -> None:  # type: ignore[no-untyped-def]
+def test_storage_is_condition_budget_and_one_row(model, grid, inputs, decode, method, budget) -> None:
     cache = make(model, grid, method, budget=budget)
     decode(inputs, cache, 64)
     entries = budget if isinstance(budget, int) else round(budget * 64)
@@ -83,17 +82,18 @@ def test_storage_is_condition_budget_and_one_row(model, grid, inputs, decode, me
         assert (layer.store.length <= layer.store.capacity).all()
 
 
-def test_the_papers_form_stores_less_for_local_heads(model, grid, inputs, decode) -> None:  # type: ignore[no-untyped-def]
+def test_the_papers_form_stores_less_for_local_heads(model, grid, inputs, decode) -> None:
     cache = make(model, grid, budget=0.5, tau=0.3, redistribute=False)
     decode(inputs, cache, 64)
     types = torch.tensor([[[kind == "local" for kind in row] for row in layer] for layer in cache.report().types])
-    assert types.any() and not types.all()
+    assert types.any()
+    assert not types.all()
     for layer, local in zip(cache.compressed_layers, types, strict=True):
         prompts = torch.tensor([13, 17, 20])[:, None]
         assert torch.equal(layer.store.capacity.long(), torch.where(local, 16, 32) + prompts + 8)
 
 
-def test_nbytes_counts_every_tensor_that_the_cache_reaches(model, grid, inputs, decode) -> None:  # type: ignore[no-untyped-def]
+def test_nbytes_counts_every_tensor_that_the_cache_reaches(model, grid, inputs, decode) -> None:
     cache = make(model, grid)
     for steps in (1, 20, 40):
         cache.reset()
@@ -124,7 +124,7 @@ def _tensors_reached(root: object) -> dict[int, torch.UntypedStorage]:
     return found
 
 
-def test_a_cache_is_freed_with_its_last_reference(model, grid, inputs, decode) -> None:  # type: ignore[no-untyped-def]
+def test_a_cache_is_freed_with_its_last_reference(model, grid, inputs, decode) -> None:
     import weakref
 
     cache = make(model, grid)
@@ -138,7 +138,7 @@ def test_a_cache_is_freed_with_its_last_reference(model, grid, inputs, decode) -
         gc.enable()
 
 
-def test_two_caches_of_one_model_do_not_see_each_other(model, grid, inputs, decode) -> None:  # type: ignore[no-untyped-def]
+def test_two_caches_of_one_model_do_not_see_each_other(model, grid, inputs, decode) -> None:
     alone = decode(inputs, make(model, grid), 50)
     first, second = make(model, grid), make(model, grid, "lines")
     # Interleave: a step of one, a step of the other, by decoding a deepcopy between two halves.
@@ -163,7 +163,7 @@ def _continue(model: LlamaForCausalLM, inputs: dict[str, Tensor], cache: Any, be
     return torch.stack(logits, 1)
 
 
-def test_chunked_prefill_equals_prefill_at_once(model, grid, decode) -> None:  # type: ignore[no-untyped-def]
+def test_chunked_prefill_equals_prefill_at_once(model, grid, decode) -> None:
     ids = torch.randint(6, 120, (2, 20), generator=torch.Generator().manual_seed(3))
     inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
     whole_cache, cache = make(model, grid), make(model, grid)
@@ -183,7 +183,7 @@ def test_chunked_prefill_equals_prefill_at_once(model, grid, decode) -> None:  #
         assert str(whole_cache.kept_positions(layer)) == str(cache.kept_positions(layer))
 
 
-def test_a_second_turn_attends_to_what_was_kept_and_then_evicts(model, grid, inputs, decode) -> None:  # type: ignore[no-untyped-def]
+def test_a_second_turn_attends_to_what_was_kept_and_then_evicts(model, grid, inputs, decode) -> None:
     cache = make(model, grid, "lines", budget=16)
     run = decode(inputs, cache, 40)
     kept = [cache.kept_positions(layer) for layer in range(2)]
@@ -205,10 +205,11 @@ def test_a_second_turn_attends_to_what_was_kept_and_then_evicts(model, grid, inp
                 assert torch.equal(head[:prompt], torch.arange(prompt))
                 assert torch.equal(head[-10:], torch.arange(prompt + 58 - 10, prompt + 58))
                 assert len(set(head.tolist())) == len(head)
-    assert torch.isfinite(logits).all() and kept
+    assert torch.isfinite(logits).all()
+    assert kept
 
 
-def test_multi_token_append_equals_token_by_token_before_eviction(model, grid, inputs, decode) -> None:  # type: ignore[no-untyped-def]
+def test_multi_token_append_equals_token_by_token_before_eviction(model, grid, inputs, decode) -> None:
     forced = torch.randint(6, 120, (3, 30), generator=torch.Generator().manual_seed(9))
     one = make(model, grid)
     step_by_step = decode(inputs, one, 21, forced=forced)
@@ -228,7 +229,7 @@ def test_multi_token_append_equals_token_by_token_before_eviction(model, grid, i
 
 
 @pytest.mark.parametrize("method", COMPRESSING)
-def test_beams_and_several_sequences(model, grid, inputs, method) -> None:  # type: ignore[no-untyped-def]
+def test_beams_and_several_sequences(model, grid, inputs, method) -> None:
     def generate(cache: Any, **kwargs: Any) -> Tensor:
         torch.manual_seed(0)
         return model.generate(**inputs, past_key_values=cache, max_new_tokens=30, **kwargs)
@@ -243,7 +244,7 @@ def test_beams_and_several_sequences(model, grid, inputs, method) -> None:  # ty
         assert generate(make(model, grid, method, budget=12), **settings).shape == stock.shape
 
 
-def test_reordered_rows_take_everything_along(model, grid, inputs, decode) -> None:  # type: ignore[no-untyped-def]
+def test_reordered_rows_take_everything_along(model, grid, inputs, decode) -> None:
     cache = make(model, grid, tau=0.3)
     run = decode(inputs, cache, 45)
     order = torch.tensor([2, 0, 0])
@@ -257,7 +258,7 @@ def test_reordered_rows_take_everything_along(model, grid, inputs, decode) -> No
     assert moved.nbytes != cache.nbytes  # rows of other lengths
 
 
-def test_repeat_and_select_rows(model, grid, inputs, decode) -> None:  # type: ignore[no-untyped-def]
+def test_repeat_and_select_rows(model, grid, inputs, decode) -> None:
     for method, budget in (("headkv", 0.25), ("none", 1.0)):
         cache = make(model, grid, method, budget=budget)
         decode(inputs, cache, 45)
@@ -270,15 +271,16 @@ def test_repeat_and_select_rows(model, grid, inputs, decode) -> None:  # type: i
         assert str(cache.kept_positions(0)) == str([one[0][0], one[0][2]])
 
 
-def test_reset_makes_it_new(model, grid, inputs, decode) -> None:  # type: ignore[no-untyped-def]
+def test_reset_makes_it_new(model, grid, inputs, decode) -> None:
     cache = make(model, grid)
     first = decode(inputs, cache, 50)
     cache.reset()
-    assert cache.get_seq_length() == 0 and cache.nbytes == 0
+    assert cache.get_seq_length() == 0
+    assert cache.nbytes == 0
     assert torch.equal(decode(inputs, cache, 50).logits, first.logits)
 
 
-def test_crop_works_before_eviction_and_is_refused_after(model, grid, inputs, decode) -> None:  # type: ignore[no-untyped-def]
+def test_crop_works_before_eviction_and_is_refused_after(model, grid, inputs, decode) -> None:
     cache = make(model, grid, "lines", budget=32)
     run = decode(inputs, cache, 20)
     cache.crop(-6)
@@ -292,7 +294,7 @@ def test_crop_works_before_eviction_and_is_refused_after(model, grid, inputs, de
         evicted.crop(-1)
 
 
-def test_a_budget_in_bytes_holds_at_most_those_bytes(model, grid, inputs, decode) -> None:  # type: ignore[no-untyped-def]
+def test_a_budget_in_bytes_holds_at_most_those_bytes(model, grid, inputs, decode) -> None:
     cache = make(model, grid, "lines", budget="40KB")
     decode(inputs, cache, 64)
     held = sum(layer.store.keys.nbytes + layer.store.values.nbytes for layer in cache.compressed_layers)
@@ -305,7 +307,7 @@ def test_a_budget_in_bytes_holds_at_most_those_bytes(model, grid, inputs, decode
     assert (decode(inputs, plenty, 40).logits - stock.logits).abs().max() < 1e-4
 
 
-def test_kept_positions_skip_padding_and_count_from_the_first_real_token(model, grid, inputs, decode) -> None:  # type: ignore[no-untyped-def]
+def test_kept_positions_skip_padding_and_count_from_the_first_real_token(model, grid, inputs, decode) -> None:
     for cache in (make(model, grid), make(model, grid, "none")):
         decode(inputs, cache, 2)
         assert [len(heads[0]) for heads in cache.kept_positions(1)] == [14, 18, 21]
@@ -313,72 +315,72 @@ def test_kept_positions_skip_padding_and_count_from_the_first_real_token(model, 
         assert cache.kept_positions(0)[0][0].dtype == torch.int64
 
 
-def test_report_says_what_is_held(model, grid, inputs, decode) -> None:  # type: ignore[no-untyped-def]
+def test_report_says_what_is_held(model, grid, inputs, decode) -> None:
     import json
 
     cache = make(model, grid, tau=0.3)
     decode(inputs, cache, 40)
     report = cache.report()
     assert (report.method, report.budget, report.options) == ("headkv", 0.25, {"tau": 0.3})
-    assert report.nbytes == cache.nbytes and report.ratio == cache.nbytes / cache.nbytes_full
+    assert report.nbytes == cache.nbytes
+    assert report.ratio == cache.nbytes / cache.nbytes_full
     assert report.tokens_seen == 20 + 39
     assert report.lengths == [[[len(h) for h in row] for row in cache.kept_positions(layer)] for layer in range(2)]
     labels = [kind for layer in report.types for row in layer for kind in row]
-    assert set(labels) <= {"local", "global"} and report.local_share == pytest.approx(
-        labels.count("local") / len(labels)
-    )
+    assert set(labels) <= {"local", "global"}
+    assert report.local_share == pytest.approx(labels.count("local") / len(labels))
     json.dumps(report.to_dict())
 
 
 class TestRefusals:
     """Bad input says what was wrong."""
 
-    def test_unknown_names(self, model, grid) -> None:  # type: ignore[no-untyped-def]
-        with pytest.raises(ValueError, match="unknown method 'headvk'.*headkv"):
+    def test_unknown_names(self, model, grid) -> None:
+        with pytest.raises(ValueError, match=r"unknown method 'headvk'.*headkv"):
             make(model, grid, "headvk")
-        with pytest.raises(ValueError, match="no option 'windw'.*strata_ratio"):
+        with pytest.raises(ValueError, match=r"no option 'windw'.*strata_ratio"):
             make(model, grid, windw=3)
 
     @pytest.mark.parametrize("budget", [0, 0.0, -1, -0.5, 1.5, "0B", "many"])
-    def test_budgets_outside_their_range(self, model, grid, budget) -> None:  # type: ignore[no-untyped-def]
+    def test_budgets_outside_their_range(self, model, grid, budget) -> None:
         with pytest.raises(ValueError, match="budget"):
             make(model, grid, budget=budget)
 
-    def test_a_budget_below_one_row_and_two(self, model, grid) -> None:  # type: ignore[no-untyped-def]
-        with pytest.raises(ValueError, match="at least 10 entries or a fraction of 0.1562"):
+    def test_a_budget_below_one_row_and_two(self, model, grid) -> None:
+        with pytest.raises(ValueError, match=r"at least 10 entries or a fraction of 0.1562"):
             make(model, grid, budget=9)
         make(model, grid, budget=10)
 
-    def test_no_grid(self, model) -> None:  # type: ignore[no-untyped-def]
+    def test_no_grid(self, model) -> None:
         with pytest.raises(ValueError, match="image_grid=ImageGrid"):
             HeadKVCache(model, "headkv")
 
-    def test_a_grouping_after_the_last_row(self, model, grid) -> None:  # type: ignore[no-untyped-def]
-        with pytest.raises(ValueError, match="grouping_rows=8 keeps all 8 rows.*at most 7"):
+    def test_a_grouping_after_the_last_row(self, model, grid) -> None:
+        with pytest.raises(ValueError, match=r"grouping_rows=8 keeps all 8 rows.*at most 7"):
             make(model, grid, grouping_rows=8)
 
-    def test_another_batch(self, model, grid, inputs, decode) -> None:  # type: ignore[no-untyped-def]
+    def test_another_batch(self, model, grid, inputs, decode) -> None:
         cache = make(model, grid)
         decode(inputs, cache, 3)
         with pytest.raises(ValueError, match="holds 3 rows and got keys of 2"):
             decode({name: tensor[:2] for name, tensor in inputs.items()}, cache, 1)
 
-    def test_gradients(self, model, grid, inputs) -> None:  # type: ignore[no-untyped-def]
+    def test_gradients(self, model, grid, inputs) -> None:
         with pytest.raises(RuntimeError, match="no_grad"):
             model(**inputs, past_key_values=make(model, grid))
 
-    def test_an_attention_that_is_not_ours(self, model, grid, inputs) -> None:  # type: ignore[no-untyped-def]
+    def test_an_attention_that_is_not_ours(self, model, grid, inputs) -> None:
         cache = make(model, grid)
         model.set_attn_implementation("sdpa")
         with pytest.raises(RuntimeError, match="does not run the 'headkv' attention"):
             model.generate(**inputs, past_key_values=cache, max_new_tokens=4)
 
-    def test_assisted_decoding(self, model, grid, inputs) -> None:  # type: ignore[no-untyped-def]
+    def test_assisted_decoding(self, model, grid, inputs) -> None:
         one = {name: tensor[2:] for name, tensor in inputs.items()}
         with pytest.raises(ValueError, match="assisted decoding"):
             model.generate(**one, past_key_values=make(model, grid), prompt_lookup_num_tokens=3, max_new_tokens=8)
 
-    def test_latent_attention_and_shared_layers(self, grid) -> None:  # type: ignore[no-untyped-def]
+    def test_latent_attention_and_shared_layers(self, grid) -> None:
         from transformers import DeepseekV3Config, Gemma3nTextConfig
 
         with pytest.raises(ValueError, match="latent"):
