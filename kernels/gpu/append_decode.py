@@ -10,11 +10,11 @@ from torch import Tensor
 
 from .common import (
     CHUNK,
-    OPTIONS,
     STAGES,
     attend,
     block_slots,
     check_storage,
+    decode_options,
     initial_state,
     load_tile,
     logits_base2,
@@ -159,7 +159,7 @@ def append_decode(
         SOFTCAP=softcap > 0,
         UPCAST=upcast(query, keys),
         STAGES=STAGES,
-        **OPTIONS,
+        **decode_options(query, keys),
     )
     if mass is not None and lse is not None:
         add_decode_mass(query, keys, start, length, lse, mass, scale=scale, softcap=softcap, max_length=bound)

@@ -58,6 +58,16 @@ def upcast(query: Tensor, keys: Tensor) -> bool:
     return query.dtype != keys.dtype or (interpreting() and keys.dtype == torch.bfloat16)
 
 
+def decode_options(query: Tensor, keys: Tensor) -> dict[str, int | bool]:
+    """Compiler options of the decode kernels.
+
+    float32 products run on the ordinary cores and keep long chains of sums in registers: with four warps the compiler
+    was seen to spill for sm_90, with eight it never did.
+    """
+    widened = keys.dtype == torch.float32 or upcast(query, keys)
+    return {**OPTIONS, "num_warps": 8 if widened else 4}
+
+
 def programs_per_region(regions: int, slots: int, block: int) -> int:
     """How many programs share a region when no bound of the lengths is known on the host.
 

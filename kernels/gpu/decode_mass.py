@@ -13,9 +13,9 @@ from torch import Tensor
 
 from .common import (
     CHUNK,
-    OPTIONS,
     STAGES,
     block_slots,
+    decode_options,
     dot_keys,
     load_tile,
     logits_base2,
@@ -106,5 +106,5 @@ def add_decode_mass(
         SOFTCAP=softcap > 0,
         UPCAST=upcast(query, keys),
         STAGES=STAGES,
-        **OPTIONS,
+        **decode_options(query, keys),
     )

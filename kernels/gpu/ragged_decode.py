@@ -20,6 +20,7 @@ from .common import (
     attend,
     block_slots,
     check_storage,
+    decode_options,
     initial_state,
     load_tile,
     longest,
@@ -167,7 +168,7 @@ def ragged_decode(
         SOFTCAP=softcap > 0,
         UPCAST=upcast(query, keys),
         STAGES=STAGES,
-        **OPTIONS,
+        **decode_options(query, keys),
     )
     if chunks > 1:
         combine_kernel[(regions,)](

@@ -12,10 +12,9 @@ from pathlib import Path
 
 import pytest
 
-HERE = Path(__file__).parent
-sys.path.insert(0, str(HERE))
+from .triton_checks import CHECKS, DTYPE_FREE
 
-from triton_checks import CHECKS, DTYPE_FREE  # noqa: E402
+ROOT = Path(__file__).parents[2]
 
 pytestmark = [
     pytest.mark.slow,
@@ -27,7 +26,8 @@ pytestmark = [
 def results() -> dict[str, str | None]:
     environment = {**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
     run = subprocess.run(
-        [sys.executable, str(HERE / "triton_interpreter_runner.py")],
+        [sys.executable, "-m", "tests.kernels.triton_interpreter_runner"],
+        cwd=ROOT,
         env=environment,
         capture_output=True,
         text=True,

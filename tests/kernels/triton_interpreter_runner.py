@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Runs every check in Triton's interpreter and prints one JSON object: check and dtype -> null or the error.
 
-A process of its own, because the interpreter is chosen when triton is imported.
+Started with `python -m` from the root. A process of its own, because the interpreter is chosen when triton is imported.
 """
 
 from __future__ import annotations
@@ -17,9 +17,10 @@ os.environ["TRITON_INTERPRET"] = "1"
 warnings.filterwarnings("ignore", category=RuntimeWarning)  # numpy's, about values under a mask
 
 import torch  # noqa: E402
-from triton_checks import CHECKS, DTYPE_FREE  # noqa: E402
 
 from headkv_mm.kernels import gpu  # noqa: E402
+
+from .triton_checks import CHECKS, DTYPE_FREE  # noqa: E402
 
 torch.set_num_threads(1)
 # The interpreter's bfloat16 arithmetic is wrong, so bfloat16 is for devices.
