@@ -14,7 +14,8 @@ EXAMPLE = "headkv-mm evaluate images --methods headkv,lines,streaming --budgets 
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Add the options of the subcommand."""
+    """Add the arguments of the subcommand."""
+    parser.add_argument("what", choices=("images",), help="what is generated and measured")
     parser.add_argument(
         "--methods",
         type=_names,

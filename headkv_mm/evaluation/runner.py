@@ -21,7 +21,8 @@ from headkv_mm.evaluation.settings import FULL, EvaluationSettings, budget_label
 from headkv_mm.evaluation.storage import check_same, read_json, read_tokens, write_json, write_tokens
 from headkv_mm.image_grid import ImageGrid
 
-_SAMPLING = ("do_sample", "temperature", "top_k", "top_p", "guidance_scale")
+_SAMPLING = {"do_sample": True, "temperature": 1.0, "top_k": 0, "top_p": 1.0, "guidance_scale": 1.0}
+"""What `generate` does where a generation config says nothing."""
 _TOKENS = f"{FULL}.tokens.safetensors"
 
 
@@ -142,7 +143,8 @@ class Runner:
 
 def shared_settings(model: Any, settings: EvaluationSettings) -> dict[str, Any]:
     """What all runs of a folder have in common, as JSON types."""
-    sampling = {name: getattr(model.generation_config, name, None) for name in _SAMPLING}
+    stated = {name: getattr(model.generation_config, name, None) for name in _SAMPLING}
+    sampling = {name: default if stated[name] is None else stated[name] for name, default in _SAMPLING.items()}
     return {
         "captions": settings.captions,
         "seed": settings.seed,

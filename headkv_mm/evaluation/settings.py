@@ -131,7 +131,7 @@ def budget_label(budget: Budget) -> str:
     if not isinstance(budget, float):
         return str(budget).replace(" ", "")
     fraction = Fraction(budget).limit_denominator(64)
-    return str(fraction) if abs(float(fraction) - budget) < 1e-9 else f"{budget:.4g}"
+    return str(fraction) if abs(float(fraction) - budget) < 1e-6 else f"{budget:.4g}"
 
 
 def plain(value: Any) -> Any:

@@ -25,9 +25,9 @@ def markdown(content: Mapping[str, Any]) -> str:
         f"commit {content['origin']['commit'] or 'unknown'}. In brackets: 95 % bootstrap intervals over captions.",
         "## Quality",
         "Bytes: all bytes that the cache holds at the end, bookkeeping included, as a share of a full cache. All "
-        "right: background, places, shapes and colours all as the caption says. Difference: to the full cache, caption by "
-        "caption. Agreement and KL: next-token distributions on the full cache's images, over the tokens that an "
-        "eviction can change.",
+        "right: background, places, shapes and colours all as the caption says. Difference: to the full cache, "
+        "caption by caption. Agreement and KL: next-token distributions on the full cache's images, over the tokens "
+        "that an eviction can change.",
         _quality(runs),
         "## What goes wrong",
         "Share of images in which all of a kind are right, and the mean number of cells with something extra, missing "
