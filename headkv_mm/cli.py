@@ -10,8 +10,10 @@ from collections.abc import Callable, Sequence
 from typing import NoReturn
 
 from headkv_mm.commands import doctor, generate, methods
+from headkv_mm.evaluation import command as evaluate
 
 PROGRAM = "headkv-mm"
+COMMANDS = {"generate": generate, "methods": methods, "doctor": doctor, "evaluate": evaluate}
 USER_ERROR, INTERRUPTED = 2, 130
 
 
@@ -35,21 +37,8 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--version", action="version", version=f"{PROGRAM} {__version__}")
     parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
     commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
-    for name, module in (("generate", generate), ("methods", methods), ("doctor", doctor)):
+    for name, module in COMMANDS.items():
         _add(commands, name, module.HELP, module.EXAMPLE, module.add_arguments, module.run)
-    import importlib.util
-
-    if importlib.util.find_spec("headkv_mm.evaluation") and importlib.util.find_spec("headkv_mm.evaluation.command"):
-        from headkv_mm.evaluation import command as evaluation
-
-        _add(
-            commands,
-            "evaluate",
-            "measure quality against bytes",
-            "headkv-mm evaluate images",
-            evaluation.add_arguments,
-            evaluation.run,
-        )
     return parser
 
 

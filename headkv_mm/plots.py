@@ -80,6 +80,8 @@ def kept_token_map(
         A figure: the image, how many heads hold each token, and one panel per layer and head in which tokens that
         were dropped are violet. Of more than eight layers or heads, eight are drawn.
     """
+    from matplotlib.ticker import MaxNLocator
+
     masks = [[_mask(head, grid) for head in layer] for layer in kept]  # [layers][heads] bool [H, W]
     layers = _spread(len(masks), _MOST_PANELS)
     heads = _spread(len(masks[0]), _MOST_PANELS)
@@ -95,7 +97,7 @@ def kept_token_map(
     total = len(masks) * len(masks[0])
     drawn = below.imshow(counts, cmap="cividis", vmin=0, vmax=total, interpolation="nearest")
     below.set_title(f"Heads that hold a token (of {total})", fontsize=10)
-    left.colorbar(drawn, ax=below, shrink=0.8)
+    left.colorbar(drawn, ax=below, shrink=0.8, ticks=MaxNLocator(5, integer=True))
     panels = right.subplots(len(layers), len(heads), squeeze=False)
     for row, layer in enumerate(layers):
         for column, head in enumerate(heads):

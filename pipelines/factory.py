@@ -35,7 +35,8 @@ def pipeline(
 
     Args:
         task: "text-to-image", or any task of transformers without compression.
-        model: folder, name or loaded model; the embedded model if None.
+        model: folder, name or loaded model; the embedded model if None. Without a `dtype`, weights saved in half
+            precision become float32 on the CPU.
         kv_compression: name of a method, such as "headkv"; see `headkv_mm.methods()`.
         kv_budget: share of the image's entries kept per KV head, entries per KV head, or bytes as text.
         kv_options: options of the method.
@@ -62,6 +63,7 @@ def pipeline(
 
 
 def _text_to_image(model: Any, kv: KVArguments, arguments: dict[str, Any]) -> Pipeline:
+    import torch
     import transformers
 
     from headkv_mm.pipelines.loading import load_image_model
@@ -74,9 +76,11 @@ def _text_to_image(model: Any, kv: KVArguments, arguments: dict[str, Any]) -> Pi
         from headkv_mm.demo import image_model_path
 
         model = image_model_path()
+    as_saved = False
     if isinstance(model, str | os.PathLike):
+        as_saved = arguments.get("dtype", "auto") == "auto" and "dtype" not in (arguments.get("model_kwargs") or {})
         folder = os.fspath(model)
-        loading: dict[str, Any] = {"dtype": "auto", **arguments.pop("model_kwargs", {})}
+        loading: dict[str, Any] = {"dtype": "auto", **(arguments.pop("model_kwargs", None) or {})}
         loading.update({name: arguments.pop(name) for name in _LOADING if name in arguments})
         model = load_image_model(folder, **loading)
         _add_processing(folder, adapter_class_for(model.config).needs_processor, arguments)
@@ -85,7 +89,10 @@ def _text_to_image(model: Any, kv: KVArguments, arguments: dict[str, Any]) -> Pi
     if kv.given:
         arguments.update(kv_compression=kv.compression, kv_budget=kv.budget, kv_options=kv.options)
     arguments.setdefault("pipeline_class", TextToImagePipeline)
-    return transformers.pipeline(TASK, model, **arguments)
+    pipe = transformers.pipeline(TASK, model, **arguments)
+    if as_saved and pipe.device.type == "cpu" and pipe.model.dtype in (torch.float16, torch.bfloat16):
+        pipe.model.float()  # half precision is slower there than float32, and less exact
+    return pipe
 
 
 def _add_processing(folder: str, needs_processor: bool, arguments: dict[str, Any]) -> None:

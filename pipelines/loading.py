@@ -33,6 +33,8 @@ def load_image_model(folder: str | os.PathLike[str], **load_arguments: Any) -> P
 
     register()
     name = os.fspath(folder)
+    if not os.path.exists(name) and (os.path.isabs(name) or name.startswith(".") or name.count(os.sep) > 1):
+        raise ValueError(f"{name}: no such folder")  # and no name of a model on the hub either
     if os.path.isfile(os.path.join(name, "model_index.json")):
         raise ValueError(f"{name} is a diffusers folder: its model has no adapter here yet")
     if os.path.isfile(name):

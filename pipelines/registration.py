@@ -57,5 +57,8 @@ def register() -> bool:
     """
     from transformers.pipelines import PIPELINE_REGISTRY
 
+    from headkv_mm.llamagen import register as register_llamagen
+
+    register_llamagen()  # the default model must load
     tasks = PIPELINE_REGISTRY.supported_tasks
     return isinstance(tasks.setdefault(TASK, TextToImageTask()), TextToImageTask)

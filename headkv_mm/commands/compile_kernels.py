@@ -41,4 +41,4 @@ def compile_cpu_kernels(dtypes: Iterable[torch.dtype]) -> float:
 
 
 def _tell() -> None:
-    print("compiling the CPU kernels, once (about half a minute) ...", file=sys.stderr, flush=True)
+    print("compiling the CPU kernels, once; this may take a minute or two ...", file=sys.stderr, flush=True)

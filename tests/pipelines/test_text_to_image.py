@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from headkv_mm.compression import Compression
+from headkv_mm.pipelines.models.base import EncodedPrompts, GeneratedTokens
 from headkv_mm.pipelines.outputs import ImageOutput
 from headkv_mm.pipelines.text_to_image import TextToImagePipeline
 
@@ -137,25 +138,40 @@ def test_kept_tokens(pipe: TextToImagePipeline) -> None:
     assert pipe(SHORT, seed=0).kept_tokens is None
 
 
-def test_a_call_overrides_the_pipeline(tiny_model: Any, pipe: TextToImagePipeline) -> None:
+def test_a_call_overrides_the_pipeline(
+    tiny_model: Any, pipe: TextToImagePipeline, monkeypatch: pytest.MonkeyPatch
+) -> None:
     ours = TextToImagePipeline(model=tiny_model, device="cpu", seed=0, num_images=2, top_k=3, **COMPRESSED)
-    assert len(ours(SHORT).images) == 2
-    assert ours(SHORT).report.settings["top_k"] == 3
-    assert ours(SHORT).report.options == {"grouping_rows": 2}
-    assert ours(SHORT, num_images=1, top_p=0.9).report.settings["top_k"] == 3
-    assert ours(SHORT, kv_budget=0.75).report.budget == 0.75
-    assert ours(SHORT, kv_budget=0.75).report.options == {"grouping_rows": 2}
-    assert ours(SHORT, kv_budget="1/2").report.budget == 0.5
-    assert ours(SHORT, kv_options={"tau": 0.5}).report.options == {"grouping_rows": 2, "tau": 0.5}
-    assert ours(SHORT, kv_compression="lines").report.options == {}
-    assert ours(SHORT, kv_compression="lines").report.budget == 0.5
-    assert ours(SHORT, kv_compression={"method": "streaming", "budget": 40}).report.budget == 40
-    assert ours(SHORT, kv_compression=Compression("headkv", budget=0.9)).report.budget == 0.9
-    assert ours(SHORT, kv_compression=None).report.method == "none"
+    out = ours(SHORT)
+    assert out.seeds == [0, 1]
+    assert (out.report.settings["top_k"], out.report.options) == (3, {"grouping_rows": 2})
     off = ours(SHORT, num_images=1, top_k=0, kv_compression="none")
     assert off.report.method == "none"
     assert torch.equal(off.tokens, pipe(SHORT, seed=0).tokens)
-    assert ours(SHORT).report.method == "headkv"
+
+    asked: dict[str, Any] = {}
+
+    def generate(prompts: EncodedPrompts, **run: Any) -> GeneratedTokens:
+        asked.update(run)
+        return GeneratedTokens(torch.zeros(len(run["seeds"]), 64, dtype=torch.long))
+
+    monkeypatch.setattr(ours._adapter, "generate", generate)
+    for call, wanted in (
+        ({}, Compression("headkv", budget=0.5, grouping_rows=2)),
+        ({"kv_budget": 0.75}, Compression("headkv", budget=0.75, grouping_rows=2)),
+        ({"kv_budget": "3/4"}, Compression("headkv", budget=0.75, grouping_rows=2)),
+        ({"kv_options": {"tau": 0.5}}, Compression("headkv", budget=0.5, grouping_rows=2, tau=0.5)),
+        ({"kv_compression": "lines"}, Compression("lines", budget=0.5)),
+        ({"kv_compression": {"method": "streaming", "budget": 40}}, Compression("streaming", budget=40)),
+        ({"kv_compression": Compression("headkv", budget=0.9)}, Compression("headkv", budget=0.9)),
+        ({"kv_compression": "none"}, Compression("none")),
+        ({"kv_compression": None}, Compression("none")),
+        ({}, Compression("headkv", budget=0.5, grouping_rows=2)),
+    ):
+        ours(SHORT, **call)
+        assert asked["compression"] == wanted, call
+    ours(SHORT, top_p=0.9, seed=7, num_images=1)
+    assert (asked["sampling"].top_k, asked["sampling"].top_p, asked["seeds"]) == (3, 0.9, [7])
 
 
 def test_sampling_settings_matter(pipe: TextToImagePipeline) -> None:
