@@ -3,6 +3,9 @@
 
 transformers loads its modules when they are first used, and ``import headkv_mm`` must not load them earlier: that
 would double the time of the import. So each registration waits for its module, and runs at once if that is there.
+
+It goes in two steps: the module of transformers makes us import ours, and ours, once it is complete, registers. In one
+step it would fail where our module is imported first and itself brings in transformers' module: it is half made then.
 """
 
 from __future__ import annotations
@@ -12,6 +15,10 @@ from types import ModuleType
 from typing import NamedTuple
 
 from wrapt import register_post_import_hook
+
+
+class RegistrationError(ImportError):
+    """A part of headkv_mm could not be imported or registered when transformers loaded its counterpart."""
 
 
 class Registration(NamedTuple):
@@ -27,16 +34,32 @@ class Registration(NamedTuple):
     module: str
     function: str
 
-    def __call__(self, loaded: ModuleType) -> None:
-        """Runs the registration. ``loaded`` is the module that transformers has just imported.
+    def load(self, _: ModuleType) -> None:
+        """Imports our module; called when transformers has imported its own.
 
         Raises:
-            ImportError: our module cannot be imported, or it cannot register.
+            RegistrationError: our module cannot be imported, or it cannot register.
         """
         try:
-            getattr(importlib.import_module(self.module), self.function)()
+            importlib.import_module(self.module)
+        except RegistrationError:
+            raise
         except Exception as error:
-            raise ImportError(
+            raise RegistrationError(
+                f"headkv_mm could not register itself with {self.after}: importing {self.module} raised "
+                f"{type(error).__name__}: {error}"
+            ) from error
+
+    def run(self, ours: ModuleType) -> None:
+        """Registers; called when our module is complete.
+
+        Raises:
+            RegistrationError: it cannot register.
+        """
+        try:
+            getattr(ours, self.function)()
+        except Exception as error:
+            raise RegistrationError(
                 f"headkv_mm could not register itself with {self.after}: {self.module}.{self.function}() raised "
                 f"{type(error).__name__}: {error}"
             ) from error
@@ -52,4 +75,5 @@ REGISTRATIONS = (
 def install() -> None:
     """Arranges every registration. Prints nothing and imports no module of transformers."""
     for registration in REGISTRATIONS:
-        register_post_import_hook(registration, registration.after)
+        register_post_import_hook(registration.run, registration.module)
+        register_post_import_hook(registration.load, registration.after)
