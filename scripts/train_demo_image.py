@@ -13,6 +13,7 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
+from torch.multiprocessing.spawn import spawn
 from tqdm import tqdm
 
 from headkv_mm.demo.image_checkpoint import load_checkpoint, save_checkpoint
@@ -34,7 +35,7 @@ PEEK_SEED, PEEK_CAPTIONS = 1, 64
 
 
 def parse_arguments() -> argparse.Namespace:
-    """Read the command line."""
+    """Read and check the command line."""
     parser = argparse.ArgumentParser(
         description=__doc__,
         epilog="example: python scripts/train_demo_image.py --output text_to_image --processes 2",
@@ -49,12 +50,14 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--checkpoint", type=Path, help="checkpoint file; OUTPUT.checkpoint.safetensors if left out")
     parser.add_argument("--checkpoint-minutes", type=float, default=3.0, help="time between checkpoints")
     parser.add_argument("--peek-images", type=int, default=8_000, help="training images between two scores")
+    parser.add_argument("--evaluation-captions", type=int, default=256, help="unseen captions of the final score")
     parser.add_argument("--resume", action="store_true", help="go on from the checkpoint")
     arguments = parser.parse_args()
     if arguments.checkpoint is None:
         arguments.checkpoint = arguments.output.with_name(arguments.output.name + ".checkpoint.safetensors")
-    if min(arguments.images, arguments.processes, arguments.batch_size, arguments.peek_images) < 1:
-        parser.error("--images, --processes, --batch-size and --peek-images must be at least 1")
+    for name in ("images", "processes", "batch_size", "peek_images", "evaluation_captions"):
+        if getattr(arguments, name) < 1:
+            parser.error(f"--{name.replace('_', '-')} must be at least 1")
     if arguments.batch_size % arguments.processes:
         parser.error("--batch-size must be a multiple of --processes")
     if arguments.device != "cpu" and arguments.processes > 1:
@@ -74,7 +77,7 @@ def average_gradients(parameters: list[torch.nn.Parameter], processes: int) -> N
     flat = torch.cat([item.flatten() for item in gradients])
     dist.all_reduce(flat)
     flat /= processes
-    for gradient, mean in zip(gradients, flat.split([item.numel() for item in gradients]), strict=True):
+    for gradient, mean in zip(gradients, torch.split(flat, [item.numel() for item in gradients]), strict=True):
         gradient.copy_(mean.view_as(gradient))
 
 
@@ -153,7 +156,10 @@ def train(rank: int, arguments: argparse.Namespace, port: int) -> None:
         dist.destroy_process_group()
     if rank == 0:
         torch.set_num_threads(os.cpu_count() or 1)
-        evaluation = evaluate_settings(model.eval(), report=lambda line: print(line, file=sys.stderr, flush=True))
+        model.eval()
+        evaluation = evaluate_settings(
+            model, arguments.evaluation_captions, lambda line: print(line, file=sys.stderr, flush=True)
+        )
         export_model(model, arguments.output, evaluation, {**state, "seed": arguments.seed})
         print(f"wrote {arguments.output}", file=sys.stderr)
 
@@ -167,7 +173,7 @@ def main() -> None:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    torch.multiprocessing.spawn(train, (arguments, port), nprocs=arguments.processes)
+    spawn(train, (arguments, port), nprocs=arguments.processes)  # type: ignore[no-untyped-call]
 
 
 if __name__ == "__main__":

@@ -137,9 +137,9 @@ def _read(words: list[str]) -> Scene:
             position += 1
         elif word in BACKGROUNDS:
             raise ValueError(f"{word!r} is a background and no colour of an object; for the background say 'on {word}'")
-        elif word in _BEFORE_PLACE and following in _PLACE_WORDS:
-            continue
-        elif word in _AFTER_PLACE and position > 1 and words[position - 2] in _PLACE_WORDS:
+        elif (word in _BEFORE_PLACE and following in _PLACE_WORDS) or (
+            word in _AFTER_PLACE and position > 1 and words[position - 2] in _PLACE_WORDS
+        ):
             continue
         else:
             raise ValueError(f"the word {word!r} is out of place" + (f" before {following!r}" if following else ""))
@@ -158,9 +158,7 @@ def _object(phrase: _Phrase) -> SceneObject:
         if not found:
             raise ValueError(f"the object {said!r} has no {name}")
         if len(found) > 1:
-            raise ValueError(
-                f"the object {said!r} has {len(found)} {name}s; put a comma or 'and' between two objects"
-            )
+            raise ValueError(f"the object {said!r} has {len(found)} {name}s; put a comma or 'and' between two objects")
     same = phrase.colours[0] == SAME
     colour = next(iter(COLOURS)) if same else phrase.colours[0]
     return SceneObject(phrase.shapes[0], colour, _place(phrase.places[0]), same_colour=same)

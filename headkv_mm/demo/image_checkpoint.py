@@ -40,9 +40,7 @@ def save_checkpoint(
     os.replace(temporary, path)
 
 
-def load_checkpoint(
-    path: Path, model: torch.nn.Module, optimizers: dict[str, torch.optim.Optimizer]
-) -> dict[str, Any]:
+def load_checkpoint(path: Path, model: torch.nn.Module, optimizers: dict[str, torch.optim.Optimizer]) -> dict[str, Any]:
     """Restore what `save_checkpoint` wrote.
 
     Returns:

@@ -28,30 +28,31 @@ CANDIDATES = (
     SamplingSettings(0.5, 50, 2.0),
     SamplingSettings(0.7, 50, 3.0),
 )
-SELECTION_SEED, SELECTION_CAPTIONS = 2, 128
-REPORT_SEED, REPORT_CAPTIONS = 3, 256
+SELECTION_SEED, REPORT_SEED = 2, 3
 
 
 def evaluate_settings(
-    model: LlamaGenForConditionalGeneration, report: Callable[[str], None] = lambda line: None
+    model: LlamaGenForConditionalGeneration, captions: int = 256, report: Callable[[str], None] = lambda line: None
 ) -> dict[str, Any]:
     """Choose sampling settings on some unseen captions and measure them on others.
 
     Args:
         model: trained model.
+        captions: number of unseen captions to measure on; half as many others serve to choose.
         report: called with one line per result.
 
     Returns:
         JSON data: the chosen settings, their score on the reporting captions, and all scores on the selection captions.
     """
-    scenes = unseen_scenes(SELECTION_CAPTIONS, SELECTION_SEED)
+    scenes = unseen_scenes(max(1, captions // 2), SELECTION_SEED)
     table = []
     for settings in CANDIDATES:
         _, scores = generate_and_score(model, scenes, settings, seed=10_000)
         table.append({**settings.as_dict(), "all_right": share_all_right(scores)})
         report(f"selection captions: {table[-1]}")
     best = max(range(len(CANDIDATES)), key=lambda index: table[index]["all_right"])
-    scenes = unseen_scenes(REPORT_CAPTIONS, REPORT_SEED)
+    selection = {"captions": len(scenes), "results": table}
+    scenes = unseen_scenes(captions, REPORT_SEED)
     measured = []
     for settings in dict.fromkeys((CANDIDATES[best], SamplingSettings())):
         _, scores = generate_and_score(model, scenes, settings, seed=20_000)
@@ -63,8 +64,8 @@ def evaluate_settings(
         report(f"reporting captions: {measured[-1]}")
     return {
         "chosen": CANDIDATES[best].as_dict(),
-        "report": {"captions": REPORT_CAPTIONS, "results": measured},
-        "selection": {"captions": SELECTION_CAPTIONS, "results": table},
+        "report": {"captions": captions, "results": measured},
+        "selection": selection,
     }
 
 
@@ -99,11 +100,15 @@ def export_model(
     chosen = evaluation["chosen"]
     half.generation_config.update(do_sample=True, **{**chosen, "top_k": int(chosen["top_k"])})
     half.save_pretrained(temporary)
+    half.config.dtype = torch.float32  # what it loads as by default: CPUs are slow in float16
+    half.config.save_pretrained(temporary)
     build_tokenizer(patch_dictionary().size).save_pretrained(temporary)
     (temporary / "evaluation.json").write_text(
         json.dumps({"training": training, **evaluation}, indent=2) + "\n", encoding="utf-8"
     )
     (temporary / "README.md").write_text(model_card(evaluation, training), encoding="utf-8")
+    for file in temporary.iterdir():
+        file.chmod(0o644)  # safetensors makes files that only their owner can read
     if folder.exists():
         replaced = folder.with_name(f".{folder.name}.{os.getpid()}.old")
         os.replace(folder, replaced)
@@ -135,6 +140,8 @@ pipeline_tag: text-to-image
 A Llama-style transformer (5 blocks, width 128, 4 heads, 1.05 M parameters) that draws 64x64-pixel scenes of one to
 three flat shapes as 16x16 image tokens, in the manner of LlamaGen (arXiv:2406.06525) with two-axis rotary positions.
 Every token is a 4x4-pixel patch from an exact dictionary of 369 patches, so there is no learned image tokeniser.
+
+The weights are stored in float16 and load as float32 unless you ask for another dtype.
 
 It exists to test and to show KV cache compression for image generation on any computer. It knows nothing else.
 

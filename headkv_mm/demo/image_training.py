@@ -58,7 +58,7 @@ def training_batches(seed: int, count: int) -> list[Batch]:
         words = [BOS, NULL, BOI] if rng.random() < CAPTION_DROPOUT else prompt_words(scene)
         prompts, images = groups.setdefault(len(words), ([], []))
         prompts.append([ids[word] for word in words])
-        images.append(scene_tokens(scene))  # type: ignore[arg-type]
+        images.append(scene_tokens(scene))
         drawn += 1
     return [
         Batch(torch.tensor(prompts), torch.from_numpy(np.stack(images)), with_caption=length > 3)

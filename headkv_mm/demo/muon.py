@@ -30,7 +30,8 @@ def orthogonalise(matrices: torch.Tensor, steps: int = 5) -> torch.Tensor:
     for _ in range(steps):
         gram = x @ x.mT
         x = a * x + (b * gram + c * gram @ gram) @ x
-    return x.mT if tall else x
+    result: torch.Tensor = x.mT if tall else x
+    return result
 
 
 class Muon(torch.optim.Optimizer):
@@ -45,7 +46,7 @@ class Muon(torch.optim.Optimizer):
         ValueError: if a parameter is not a matrix, or a setting is out of range.
     """
 
-    def __init__(self, params: Iterable[torch.nn.Parameter], lr: float = 0.02, momentum: float = 0.95) -> None:
+    def __init__(self, params: Iterable[torch.Tensor], lr: float = 0.02, momentum: float = 0.95) -> None:
         """Sort the parameters by shape; equal shapes are updated in one batch."""
         matrices = list(params)
         if any(item.ndim != 2 for item in matrices):
@@ -60,12 +61,13 @@ class Muon(torch.optim.Optimizer):
         if closure is not None:
             raise ValueError("Muon does not re-evaluate the loss: call step() without a closure")
         for group in self.param_groups:
-            by_shape: dict[torch.Size, list[torch.nn.Parameter]] = {}
+            by_shape: dict[torch.Size, list[tuple[torch.Tensor, torch.Tensor]]] = {}
             for parameter in group["params"]:
                 if parameter.grad is not None:
-                    by_shape.setdefault(parameter.shape, []).append(parameter)
-            for shape, parameters in by_shape.items():
-                gradients = torch.stack([item.grad for item in parameters])  # [N, m, n]
+                    by_shape.setdefault(parameter.shape, []).append((parameter, parameter.grad))
+            for shape, pairs in by_shape.items():
+                parameters = [parameter for parameter, _ in pairs]
+                gradients = torch.stack([gradient for _, gradient in pairs])  # [N, m, n]
                 averages = []
                 for index, item in enumerate(parameters):
                     average = self.state[item].setdefault("momentum_buffer", torch.zeros_like(item))

@@ -95,6 +95,21 @@ def _templates(background: str) -> tuple[list[ParsedObject | None], npt.NDArray[
     return labels, np.stack(pixels)
 
 
+@functools.cache
+def _exact_templates(background: str) -> dict[bytes, ParsedObject | None]:
+    """Labels by the exact bytes of a cell: most cells are flawless, and a look-up is quick."""
+    labels, pixels = _templates(background)
+    return {cell.tobytes(): label for cell, label in zip(np.round(pixels).astype(np.uint8), labels, strict=True)}
+
+
+def _nearest(cell: npt.NDArray[np.uint8], background: str) -> tuple[ParsedObject | None, int]:
+    """The label of the template with the fewest wrong pixels, and that number; `cell` is [20, 20, 3]."""
+    labels, templates = _templates(background)
+    wrong = (np.abs(cell.astype(np.float32) - templates).max(axis=-1) > _PIXEL_TOLERANCE).sum(axis=(1, 2))  # [n]
+    best = int(wrong.argmin())
+    return labels[best], int(wrong[best])
+
+
 def parse_image(image: npt.ArrayLike) -> ParsedScene:
     """Read a scene image.
 
@@ -107,27 +122,29 @@ def parse_image(image: npt.ArrayLike) -> ParsedScene:
     Raises:
         ValueError: if the image has another shape.
     """
-    pixels = np.asarray(image).astype(np.float32)
+    pixels = np.asarray(image)
+    if pixels.dtype != np.uint8:
+        raise ValueError(f"expected an image of 8-bit values, got {pixels.dtype}")
     if pixels.shape != (IMAGE_SIZE, IMAGE_SIZE, 3):
         raise ValueError(f"expected an RGB image of {IMAGE_SIZE}x{IMAGE_SIZE} pixels, got shape {pixels.shape}")
     first_margin = 3 * _CELL_PIXELS
     margin = np.concatenate([pixels[first_margin:].reshape(-1, 3), pixels[:first_margin, first_margin:].reshape(-1, 3)])
+    margin = margin.astype(np.float32)
     names = list(BACKGROUNDS)
     values = np.array(list(BACKGROUNDS.values()), np.float32)  # [3, 3]
     nearest = int(np.abs(np.median(margin, axis=0) - values).sum(axis=1).argmin())
     margin_wrong = float((np.abs(margin - values[nearest]).max(axis=-1) > _PIXEL_TOLERANCE).mean())
 
-    labels, templates = _templates(names[nearest])
+    exact = _exact_templates(names[nearest])
     objects: dict[str, ParsedObject] = {}
     unreadable: list[str] = []
     for index, place in enumerate(PLACES):
         row, column = divmod(index, 3)
         top, left = row * _CELL_PIXELS, column * _CELL_PIXELS
         cell = pixels[top : top + _CELL_PIXELS, left : left + _CELL_PIXELS]
-        wrong = (np.abs(cell - templates).max(axis=-1) > _PIXEL_TOLERANCE).sum(axis=(1, 2))  # [n]
-        best = int(wrong.argmin())
-        label = labels[best]
-        if wrong[best] > _WRONG_PIXELS:
+        key = cell.tobytes()
+        label, wrong = (exact[key], 0) if key in exact else _nearest(cell, names[nearest])
+        if wrong > _WRONG_PIXELS:
             unreadable.append(place)
         elif label is not None:
             objects[place] = label

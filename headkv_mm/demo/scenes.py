@@ -21,7 +21,11 @@ COLOURS: dict[str, tuple[int, int, int]] = {
     "purple": (150, 60, 180),
     "orange": (245, 140, 30),
 }
-BACKGROUNDS: dict[str, tuple[int, int, int]] = {"white": (255, 255, 255), "black": (15, 15, 15), "gray": (150, 150, 150)}
+BACKGROUNDS: dict[str, tuple[int, int, int]] = {
+    "white": (255, 255, 255),
+    "black": (15, 15, 15),
+    "gray": (150, 150, 150),
+}
 PLACES: tuple[str, ...] = (
     "top-left",
     "top",

@@ -6,6 +6,9 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Any
 
+# Whoever waits for this module to register LlamaGen must do so before a module of this package is half imported.
+import transformers.models.auto.configuration_auto  # noqa: F401
+
 if TYPE_CHECKING:
     from headkv_mm.llamagen.configuration import LlamaGenConfig
     from headkv_mm.llamagen.modeling import LlamaGenForConditionalGeneration

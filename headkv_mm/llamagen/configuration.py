@@ -6,8 +6,8 @@ from __future__ import annotations
 import importlib
 from typing import Any, ClassVar
 
-from transformers import LlamaConfig, PreTrainedConfig
-from transformers.configuration_utils import SubConfigSpec
+from transformers.configuration_utils import PreTrainedConfig, SubConfigSpec
+from transformers.models.auto.configuration_auto import AutoConfig
 
 
 class LlamaGenConfig(PreTrainedConfig):
@@ -33,7 +33,7 @@ class LlamaGenConfig(PreTrainedConfig):
 
     model_type = "headkv_llamagen"
     sub_configs_defaults: ClassVar[dict[str, Any]] = {
-        "text_config": SubConfigSpec(config_class=LlamaConfig)
+        "text_config": SubConfigSpec(config_class=AutoConfig, model_type="llama")
     }
     keys_to_ignore_at_inference: ClassVar[list[str]] = ["past_key_values"]
 
@@ -64,6 +64,8 @@ class LlamaGenConfig(PreTrainedConfig):
         if self.tie_word_embeddings:
             raise ValueError("tie_word_embeddings must be False: the output head covers the image codes only")
         text = self.get_text_config()
+        if text.model_type != "llama":
+            raise ValueError(f"text_config must be a LlamaConfig, got model type {text.model_type!r}")
         if text.vocab_size <= self.codebook_size:
             raise ValueError(
                 f"text_config.vocab_size ({text.vocab_size}) must exceed codebook_size ({self.codebook_size}): "

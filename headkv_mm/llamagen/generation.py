@@ -187,7 +187,7 @@ class ImageGenerationMixin:
         batch = input_ids.shape[0]
         if ids.shape[0] not in (1, batch):
             raise ValueError(f"expected 1 or {batch} negative prompts, got {ids.shape[0]}")
-        return ids.to(input_ids.device).expand(batch, -1), mask.to(input_ids.device).expand(batch, -1)  # type: ignore[union-attr]
+        return ids.to(input_ids.device).expand(batch, -1), mask.to(input_ids.device).expand(batch, -1)
 
 
 def _first(*values: Any) -> Any:

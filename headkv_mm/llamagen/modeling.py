@@ -71,7 +71,8 @@ class LlamaGenModel(LlamaGenPreTrainedModel):
 
     def get_input_embeddings(self) -> nn.Module:
         """The table of image codes and prompt words."""
-        return self.language_model.get_input_embeddings()
+        table: nn.Module = self.language_model.get_input_embeddings()
+        return table
 
     def set_input_embeddings(self, value: nn.Module) -> None:
         """Replace the table of image codes and prompt words."""
@@ -137,7 +138,7 @@ class LlamaGenForConditionalGeneration(LlamaGenPreTrainedModel, ImageGenerationM
         """The head over the image codes."""
         return self.lm_head
 
-    def set_output_embeddings(self, new_embeddings: nn.Module) -> None:
+    def set_output_embeddings(self, new_embeddings: nn.Linear) -> None:
         """Replace the head over the image codes."""
         self.lm_head = new_embeddings
 
@@ -227,12 +228,15 @@ class LlamaGenForConditionalGeneration(LlamaGenPreTrainedModel, ImageGenerationM
             ValueError: if the model has no pixel codebook, or for a wrong shape or code.
         """
         if self.patch_decoder is None:
-            raise ValueError("this model has no pixel codebook (config.patch_size is None): decode its tokens elsewhere")
+            raise ValueError(
+                "this model has no pixel codebook (config.patch_size is None): decode its tokens elsewhere"
+            )
         expected = self.config.num_image_tokens
         if image_tokens.dim() != 2 or image_tokens.shape[1] != expected:
             raise ValueError(f"image_tokens must have shape [batch, {expected}], got {tuple(image_tokens.shape)}")
-        if image_tokens.numel() and not 0 <= int(image_tokens.min()) <= int(image_tokens.max()) < self.config.codebook_size:
-            raise ValueError(f"image tokens must be in 0..{self.config.codebook_size - 1}")
+        codes = self.config.codebook_size
+        if image_tokens.numel() and not 0 <= int(image_tokens.min()) <= int(image_tokens.max()) < codes:
+            raise ValueError(f"image tokens must be in 0..{codes - 1}")
         pixels: torch.Tensor = self.patch_decoder(image_tokens, self.config.image_height, self.config.image_width)
         return pixels
 

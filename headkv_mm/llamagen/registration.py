@@ -8,7 +8,8 @@ def register() -> None:
     """Register the configuration with `AutoConfig`; calling it again changes nothing.
 
     The model class follows by itself: making a `LlamaGenConfig` imports the model, which registers with
-    `AutoModelForMultimodalLM`. So this function loads no modeling code and may run while transformers is being imported.
+    `AutoModelForMultimodalLM`. So this function loads no modeling code and may run while transformers is being
+    imported.
     """
     from transformers.models.auto.configuration_auto import AutoConfig
 
