@@ -43,9 +43,9 @@ class OutputFolder:
                 folder.mkdir()
                 self._made.append(folder)
             self._staging = Path(tempfile.mkdtemp(prefix=".headkv-mm-", dir=self.path))
-        except OSError:
+        except OSError as error:
             self._remove_traces()
-            raise
+            raise OSError(error.errno, error.strerror, str(self.path)) from error
         return self
 
     def new(self, name: str) -> Path:

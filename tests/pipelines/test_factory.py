@@ -51,7 +51,7 @@ def test_other_tasks_go_to_transformers(monkeypatch: pytest.MonkeyPatch) -> None
 
 @pytest.mark.parametrize("settings", [{"kv_compression": "headkv"}, {"kv_budget": 0.5}, {"kv_options": {"tau": 0.5}}])
 def test_compression_is_refused_where_it_would_be_ignored(settings: dict[str, Any]) -> None:
-    with pytest.raises(ValueError, match="not served for the task 'fill-mask'.*text-to-image"):
+    with pytest.raises(ValueError, match=r"not served for the task 'fill-mask'.*text-to-image"):
         headkv_mm.pipeline("fill-mask", **settings)
 
 
@@ -67,7 +67,7 @@ def test_a_model_must_be_a_model() -> None:
 
 def test_a_model_without_an_adapter() -> None:
     config = transformers.GPT2Config(n_layer=1, n_head=1, n_embd=8, vocab_size=10, n_positions=8)
-    with pytest.raises(ValueError, match="no adapter .* 'gpt2'.*LlamaGen"):
+    with pytest.raises(ValueError, match=r"no adapter .* 'gpt2'.*LlamaGen"):
         headkv_mm.pipeline("text-to-image", transformers.GPT2LMHeadModel(config), device="cpu")
 
 
