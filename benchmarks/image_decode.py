@@ -32,7 +32,9 @@ from headkv_mm.compressor import LayerCompressor
 from headkv_mm.llamagen import LlamaGenConfig, LlamaGenForConditionalGeneration
 
 
-def build(grid: int, layers: int, heads: int, head_dim: int, prompt: int, codebook: int) -> LlamaGenForConditionalGeneration:
+def build(
+    grid: int, layers: int, heads: int, head_dim: int, prompt: int, codebook: int
+) -> LlamaGenForConditionalGeneration:
     """A LlamaGen of the given size with random weights."""
     torch.manual_seed(0)
     hidden = heads * head_dim
@@ -153,9 +155,7 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
         )
         report = cache.report()
         stored = sum(layer.store.keys.nbytes + layer.store.values.nbytes for layer in cache.compressed_layers)
-        plan = plan_memory(
-            model, args.method, budget=budget, rows=2 * args.batch, condition=0, dtype=torch.float32
-        )
+        plan = plan_memory(model, args.method, budget=budget, rows=2 * args.batch, condition=0, dtype=torch.float32)
         held = {
             "keys_values": stored,
             "bookkeeping": report.nbytes - stored,
@@ -202,10 +202,18 @@ def main() -> None:
     args = parser.parse_args()
     result = measure(args)
     median, held = result["median"], result["bytes"]
-    print(f"full cache {median['full_seconds']:.1f} s, {args.method} {median['seconds']:.1f} s: {median['speed_up']:.2f}x")
-    print(f"CPU seconds {median['full_cpu_seconds']:.1f} against {median['cpu_seconds']:.1f}: {median['cpu_speed_up']:.2f}x")
-    print(f"bytes {held['nbytes']:,} of {held['nbytes_full']:,} ({held['ratio']:.3f}), bookkeeping {held['bookkeeping_share']:.2%}")
-    print(f"attention {median['attention_share']:.1%} of the run, everything else of the method {median['overhead_share']:.2%}")
+    print(
+        f"full cache {median['full_seconds']:.1f} s, {args.method} {median['seconds']:.1f} s: {median['speed_up']:.2f}x"
+    )
+    print(
+        f"CPU seconds {median['full_cpu_seconds']:.1f} against {median['cpu_seconds']:.1f}: {median['cpu_speed_up']:.2f}x"
+    )
+    print(
+        f"bytes {held['nbytes']:,} of {held['nbytes_full']:,} ({held['ratio']:.3f}), bookkeeping {held['bookkeeping_share']:.2%}"
+    )
+    print(
+        f"attention {median['attention_share']:.1%} of the run, everything else of the method {median['overhead_share']:.2%}"
+    )
     if args.json is not None:
         args.json.parent.mkdir(parents=True, exist_ok=True)
         args.json.write_text(json.dumps(result, indent=1) + "\n")
