@@ -85,7 +85,7 @@ def kept_token_map(
     masks = [[_mask(head, grid) for head in layer] for layer in kept]  # [layers][heads] bool [H, W]
     layers = _spread(len(masks), _MOST_PANELS)
     heads = _spread(len(masks[0]), _MOST_PANELS)
-    pixels = np.asarray(image.convert("RGB"), dtype=np.float32) / 255
+    pixels = np.asarray(image.convert("RGB")).astype(np.float32) / np.float32(255)
     side = 1.15
     figure = new_figure(3.3 + side * len(heads), max(side * len(layers) + 0.8, 5.2))
     figure.suptitle(f"{title} (violet: dropped)", fontsize=12)

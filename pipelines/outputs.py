@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     import torch
     from PIL.Image import Image
 
-    from headkv_mm.cache import CacheReport
+    from headkv_mm.memory import CacheReport
 
 HEAD_TYPES = ("local", "global")
 

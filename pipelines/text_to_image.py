@@ -50,7 +50,7 @@ class _Made(NamedTuple):
     report: GenerationReport
 
 
-class TextToImagePipeline(Pipeline):  # type: ignore[misc]
+class TextToImagePipeline(Pipeline):
     """Makes images from prompts with an autoregressive model and, if asked, a compressed KV cache.
 
     Every argument below may be given when the pipeline is made and again with a call, which then goes first.
@@ -91,7 +91,8 @@ class TextToImagePipeline(Pipeline):  # type: ignore[misc]
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         """Bind the model to its adapter and check all arguments."""
         super().__init__(*args, **kwargs)
-        self._adapter = adapter_for(self.model, tokenizer=self.tokenizer, processor=self.processor)
+        tokenizer: Any = self.__dict__.get("tokenizer")
+        self._adapter = adapter_for(self.model, tokenizer=tokenizer, processor=self.processor)
         self.tokenizer = self._adapter.tokenizer
         self.model.eval()
         self._check(self._forward_params)

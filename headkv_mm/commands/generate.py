@@ -137,7 +137,7 @@ def _pipeline(args: argparse.Namespace) -> TextToImagePipeline:
     }
     if args.device is not None:
         settings["device"] = _device(args.device)
-    pipe: TextToImagePipeline = headkv_mm.pipeline("text-to-image", args.model, **settings)  # type: ignore[assignment]
+    pipe: TextToImagePipeline = headkv_mm.pipeline("text-to-image", args.model, **settings)
     return pipe
 
 
