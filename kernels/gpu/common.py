@@ -73,7 +73,7 @@ def programs_per_region(regions: int, slots: int, block: int) -> int:
 
     Enough programs to fill a large device, but no more than blocks in the whole storage: a region cannot be longer.
     """
-    return max(1, min(32, 1024 // max(regions, 1), triton.cdiv(slots, block)))
+    return max(1, min(32, 1024 // max(regions, 1), int(triton.cdiv(slots, block))))
 
 
 def check_storage(keys: Tensor, **others: Tensor | None) -> None:
