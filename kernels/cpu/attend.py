@@ -27,7 +27,7 @@ def dot(query: Any, keys: Any, slot: int) -> Any:
 
 
 @jit
-def group_logits(query: Any, keys: Any, begin: int, count: int, scale: Any, logits: Any) -> None:
+def group_logits(query: Any, keys: Any, begin: Any, count: Any, scale: Any, logits: Any) -> None:
     """logits[r, j] = scale * query[r] . keys[begin + j], for query [R, D] and logits [R, at least count]."""
     group, size = query.shape
     zero = np.float32(0.0)
@@ -52,7 +52,7 @@ def group_logits(query: Any, keys: Any, begin: int, count: int, scale: Any, logi
 
 
 @jit
-def weighted_values(weights: Any, values: Any, begin: int, count: int, out: Any) -> None:
+def weighted_values(weights: Any, values: Any, begin: Any, count: Any, out: Any) -> None:
     """out[r] = sum over j of weights[r, j] * values[begin + j], for weights [R, at least count] and out [R, D]."""
     group, size = out.shape
     out[:] = np.float32(0.0)
@@ -80,8 +80,8 @@ def attend(
     query: Any,
     keys: Any,
     values: Any,
-    begin: int,
-    count: int,
+    begin: Any,
+    count: Any,
     scale: Any,
     softcap: Any,
     sinks: Any,

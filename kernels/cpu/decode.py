@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from .attend import attend
-from .jit import jit, worker
+from .jit import SOURCES, jit, worker
 from .job import (
     FIRST,
     REGIONS,
@@ -62,8 +62,10 @@ def _append(job: Any, region: int, length: Any, element: Any) -> None:
 def _append_all(address: int, element: Any) -> None:
     job = opened(address)
     length = int32s(job[_LENGTH], job[REGIONS])
-    for region in range(job[REGIONS]):
+    region = next_region(job, length)
+    while region >= 0:
         _append(job, region, length, element)
+        region = next_region(job, length)
 
 
 @jit
@@ -97,20 +99,24 @@ def _decode(address: int, element: Any) -> None:
 
 @functools.cache
 def append_worker_for(dtype: torch.dtype) -> Any:
-    element = element_of(dtype)
+    """The compiled loop for storage of this dtype."""
+    element, sources = element_of(dtype), SOURCES
 
     def append_all(address: Any) -> None:
-        _append_all(address, element(0))
+        if sources:
+            _append_all(address, element(0))
 
     return worker(append_all)
 
 
 @functools.cache
 def decode_worker_for(dtype: torch.dtype) -> Any:
-    element = element_of(dtype)
+    """The compiled loop for storage of this dtype."""
+    element, sources = element_of(dtype), SOURCES
 
     def decode(address: Any) -> None:
-        _decode(address, element(0))
+        if sources:
+            _decode(address, element(0))
 
     return worker(decode)
 
@@ -169,8 +175,7 @@ def _run(
         address_of(mass, torch.float32, slots, "mass"),
         address_of(out, torch.float32, regions * group * size, "out"),
     ]
-    # Writing one entry per region is over before a second thread is awake.
-    run_job(compiled, numbers, regions, slots, 0 if out is None else slots * size)
+    run_job(compiled, numbers, regions, slots, regions * size if out is None else slots * size)
 
 
 def _attend(

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .jit import jit, worker
+from .jit import SOURCES, jit, worker
 from .job import FIRST, REGIONS, address_of, element_of, next_region, opened, readable, run_job
 from .memory import float32s, int32s, matrix, vector
 
@@ -48,10 +48,12 @@ def _gather_regions(address: int, element: Any) -> None:
 
 @functools.cache
 def worker_for(dtype: torch.dtype) -> Any:
-    element = element_of(dtype)
+    """The compiled loop for storage of this dtype."""
+    element, sources = element_of(dtype), SOURCES
 
     def gather_regions(address: Any) -> None:
-        _gather_regions(address, element(0))
+        if sources:
+            _gather_regions(address, element(0))
 
     return worker(gather_regions)
 

@@ -1,23 +1,24 @@
 # SPDX-License-Identifier: Apache-2.0
-"""`numba.njit` with this package's flags, typed once so that the kernels stay typed.
-
-numba keeps compiled code beside the sources. It notices a changed kernel file, but not a changed file that a kernel
-imports from: after editing `attend.py`, `bits.py`, `job.py` or `memory.py`, delete `__pycache__` here.
-"""
+"""`numba.njit` and `numba.cfunc` with this package's flags, typed once so that the kernels stay typed."""
 
 from __future__ import annotations
 
+import zlib
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any, TypeVar
 
-import numba  # type: ignore[import-untyped]
+import numba
+
+SOURCES = 1 + zlib.crc32(b"".join(path.read_bytes() for path in sorted(Path(__file__).parent.glob("*.py"))))
+"""Changes with any source file here; never zero."""
 
 F = TypeVar("F", bound=Callable[..., Any])
 
 # Sums may be reordered (this is what lets a dot product use vector registers), but infinities and NaN keep their
 # meaning: masked logits are -inf, and a NaN in the cache must be seen in the output.
 _REORDER = {"reassoc", "contract", "nsz"}
-_OPTIONS: dict[str, Any] = {"nogil": True, "cache": True, "error_model": "numpy"}
+_OPTIONS: dict[str, Any] = {"nogil": True, "error_model": "numpy"}
 
 
 def jit(function: F) -> F:
@@ -33,5 +34,9 @@ def exact_jit(function: F) -> F:
 
 
 def worker(function: Callable[[Any], None]) -> Any:
-    """Compile `function(address)` now, as a C function `void f(intptr_t)` that any thread can call."""
+    """Compile `function(address)` now, as a C function `void f(intptr_t)` for any thread, and cache it on disk.
+
+    numba recompiles a cached function when its own file changes or a variable that it closes over, but not when a file
+    that it imports from does. So every worker closes over `SOURCES`.
+    """
     return numba.cfunc(numba.types.void(numba.types.intp), nopython=True, cache=True)(function)

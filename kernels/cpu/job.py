@@ -90,12 +90,12 @@ def as_float32(job: Any, index: int) -> Any:
 
 
 @jit
-def next_region(job: Any, length: Any) -> int:
+def next_region(job: Any, length: Any) -> Any:
     """The next region for this thread, -1 when there is none left.
 
     There are two rounds of tickets, first for the long regions and then for the others, so that no thread starts a long
-    one last. The lengths may grow meanwhile, as in a decode step: only regions that the first round has taken are looked
-    at again, and they stay long. They may not shrink.
+    one last. The lengths may grow meanwhile, as in a decode step: only regions that the first round has taken are
+    looked at again, and they stay long. They may not shrink.
     """
     while True:
         ticket = fetch_and_add_one(job)
@@ -108,7 +108,7 @@ def next_region(job: Any, length: Any) -> int:
 
 
 @jit
-def longest(length: Any) -> int:
+def longest(length: Any) -> Any:
     """The largest of the lengths, 0 if there are none."""
     most = np.int64(0)
     for i in range(length.size):

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from .attend import group_logits
-from .jit import jit, worker
+from .jit import SOURCES, jit, worker
 from .job import FIRST, REGIONS, address_of, as_float32, as_integer, element_of, next_region, opened, run_job
 from .memory import cube, float32s, int32s, matrix
 
@@ -35,10 +35,12 @@ def _mean_query_logits(address: int, element: Any) -> None:
 
 @functools.cache
 def worker_for(dtype: torch.dtype) -> Any:
-    element = element_of(dtype)
+    """The compiled loop for storage of this dtype."""
+    element, sources = element_of(dtype), SOURCES
 
     def mean_query_logits(address: Any) -> None:
-        _mean_query_logits(address, element(0))
+        if sources:
+            _mean_query_logits(address, element(0))
 
     return worker(mean_query_logits)
 
@@ -46,7 +48,7 @@ def worker_for(dtype: torch.dtype) -> Any:
 def mean_query_logits(mean_query: Tensor, keys: Tensor, start: Tensor, length: Tensor, *, scale: float) -> Tensor:
     """Logit of the mean query for every slot, [N] float32. See `reference.mean_query_logits`."""
     heads, regions, (slots, size), dtype = start.shape[1], start.numel(), keys.shape, keys.dtype
-    group_mean = mean_query.unflatten(1, (heads, -1)).mean(2).to(torch.float32).contiguous()  # [B, G, D]
+    group_mean = mean_query.reshape(-1, heads, mean_query.shape[1] // max(heads, 1), size).mean(2).to(torch.float32).contiguous()  # [B, G, D]
     logits = torch.zeros(slots, dtype=torch.float32)
     numbers = [
         size,

@@ -9,11 +9,11 @@ from __future__ import annotations
 
 from typing import Any
 
-import numba  # type: ignore[import-untyped]
+import numba
 import numpy as np
 from llvmlite import ir  # type: ignore[import-untyped]
 from numba import types
-from numba.extending import intrinsic  # type: ignore[import-untyped]
+from numba.extending import intrinsic
 
 from .jit import jit
 

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from ..reference import STRATA_UNITS
-from .jit import exact_jit, worker
+from .jit import SOURCES, exact_jit, worker
 from .job import FIRST, REGIONS, address_of, next_region, opened, readable, run_job
 from .memory import float32s, int32s, vector
 
@@ -50,7 +50,7 @@ def _stratified_victims(address: int) -> None:
             if first[region] <= positions[slot] < last[region]:
                 candidates[total] = slot
                 total += 1
-        count = min(np.int64(evict[region]), total)
+        count: Any = min(np.int64(evict[region]), total)
         if count > 0:
             oldest_first = candidates[:total][np.argsort(positions[candidates[:total]])]
             in_long = total * units // STRATA_UNITS
@@ -63,8 +63,12 @@ def _stratified_victims(address: int) -> None:
 
 @functools.cache
 def the_worker() -> Any:
+    """The compiled loop."""
+    sources = SOURCES
+
     def stratified_victims(address: Any) -> None:
-        _stratified_victims(address)
+        if sources:
+            _stratified_victims(address)
 
     return worker(stratified_victims)
 

@@ -15,7 +15,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import numba  # type: ignore[import-untyped]
+import numba
 import torch
 
 from .memory import call_worker
@@ -68,7 +68,7 @@ def numba_fork() -> Fork | None:
         else:
             return None
 
-    @numba.njit(parallel=True, nogil=True)  # type: ignore[untyped-decorator]
+    @numba.njit(parallel=True, nogil=True)
     def on_each_thread(worker: int, job: int, threads: int) -> None:
         for _ in numba.prange(threads):
             call_worker(worker, job)

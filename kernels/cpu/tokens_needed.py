@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .jit import exact_jit, worker
+from .jit import SOURCES, exact_jit, worker
 from .job import FIRST, REGIONS, address_of, as_float32, as_integer, next_region, opened, readable, run_job
 from .memory import float32s, int32s
 
@@ -21,7 +21,7 @@ _SORTING = 16
 
 
 @exact_jit
-def _needed(mass: Any, newest_first: Any, tau: Any) -> int:
+def _needed(mass: Any, newest_first: Any, tau: Any) -> Any:
     """Entries until the running sum reaches tau * total; 0 without mass.
 
     Sums run in float64 and are compared in float32, as torch's cumsum does, so that the count is the reference's.
@@ -58,8 +58,12 @@ def _tokens_needed(address: int) -> None:
 
 @functools.cache
 def the_worker() -> Any:
+    """The compiled loop."""
+    sources = SOURCES
+
     def tokens_needed(address: Any) -> None:
-        _tokens_needed(address)
+        if sources:
+            _tokens_needed(address)
 
     return worker(tokens_needed)
 

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from .attend import group_logits
-from .jit import jit, worker
+from .jit import SOURCES, jit, worker
 from .job import (
     FIRST,
     REGIONS,
@@ -39,7 +39,7 @@ _AT_ONCE = 32
 
 
 @jit
-def _mask(logits: Any, positions: Any, begin: int, newest: int, oldest: int) -> None:
+def _mask(logits: Any, positions: Any, begin: Any, newest: Any, oldest: Any) -> None:
     for j in range(logits.size):
         if positions[begin + j] > newest or positions[begin + j] < oldest:
             logits[j] = np.float32(-np.inf)
@@ -81,10 +81,12 @@ def _window_mass(address: int, element: Any) -> None:
 
 @functools.cache
 def worker_for(dtype: torch.dtype) -> Any:
-    element = element_of(dtype)
+    """The compiled loop for storage of this dtype."""
+    element, sources = element_of(dtype), SOURCES
 
     def window_mass(address: Any) -> None:
-        _window_mass(address, element(0))
+        if sources:
+            _window_mass(address, element(0))
 
     return worker(window_mass)
 
@@ -105,7 +107,7 @@ def window_mass(
     regions, (slots, size), dtype = batch * heads, keys.shape, keys.dtype
     window, group = queries.shape[1], queries.shape[2] // max(heads, 1)
     # [B, Q, G, R, D] -> [B, G, Q, R, D]: what one region needs lies together.
-    own = queries.unflatten(2, (heads, group)).transpose(1, 2).to(torch.float32).contiguous()
+    own = queries.reshape(batch, window, heads, group, size).transpose(1, 2).to(torch.float32).contiguous()
     query_positions = readable(query_positions, torch.int32)
     if first_position is not None:
         first_position = readable(first_position, torch.int32)
