@@ -44,7 +44,7 @@ types: $(READY) ## mypy --strict over the three packages
 	@mkdir -p $(TYPES)
 	@ln -sfn $(abspath $(wildcard headkv_mm/*.py headkv_mm/py.typed headkv_mm/*/ kernels pipelines)) $(TYPES)/
 	@find $(TYPES) -xtype l -delete
-	@cd build/types && "$(BIN)/mypy" --config-file "$(CURDIR)/pyproject.toml" --cache-dir "$(CURDIR)/.mypy_cache" -p headkv_mm
+	@cd build/types && "$(BIN)/mypy" --config-file "$(CURDIR)/pyproject.toml" --cache-dir .mypy_cache -p headkv_mm
 
 format: $(READY) ## ruff: fix what it can and format
 	@"$(BIN)/ruff" check --fix .

@@ -16,7 +16,7 @@ import headkv_mm
 
 def test_lists_of_names_agree() -> None:
     tree = ast.parse(Path(headkv_mm.__file__).read_text(encoding="utf-8"))
-    (typed,) = [node for node in tree.body if isinstance(node, ast.If)]
+    typed = next(node for node in tree.body if isinstance(node, ast.If))
     for_type_checkers = {
         (alias.asname, node.module) for node in typed.body if isinstance(node, ast.ImportFrom) for alias in node.names
     }
