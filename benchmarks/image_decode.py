@@ -202,17 +202,14 @@ def main() -> None:
     args = parser.parse_args()
     result = measure(args)
     median, held = result["median"], result["bytes"]
+    full, ours = median["full_seconds"], median["seconds"]
+    full_cpu, ours_cpu = median["full_cpu_seconds"], median["cpu_seconds"]
+    print(f"full cache {full:.1f} s, {args.method} {ours:.1f} s: {median['speed_up']:.2f}x")
+    print(f"CPU seconds {full_cpu:.1f} against {ours_cpu:.1f}: {median['cpu_speed_up']:.2f}x")
+    print(f"bytes {held['nbytes']:,} of {held['nbytes_full']:,}, {held['ratio']:.3f} of them")
+    print(f"bookkeeping {held['bookkeeping_share']:.2%} of keys and values")
     print(
-        f"full cache {median['full_seconds']:.1f} s, {args.method} {median['seconds']:.1f} s: {median['speed_up']:.2f}x"
-    )
-    print(
-        f"CPU seconds {median['full_cpu_seconds']:.1f} against {median['cpu_seconds']:.1f}: {median['cpu_speed_up']:.2f}x"
-    )
-    print(
-        f"bytes {held['nbytes']:,} of {held['nbytes_full']:,} ({held['ratio']:.3f}), bookkeeping {held['bookkeeping_share']:.2%}"
-    )
-    print(
-        f"attention {median['attention_share']:.1%} of the run, everything else of the method {median['overhead_share']:.2%}"
+        f"attention {median['attention_share']:.1%} of the run, the rest of the method {median['overhead_share']:.2%}"
     )
     if args.json is not None:
         args.json.parent.mkdir(parents=True, exist_ok=True)

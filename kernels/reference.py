@@ -21,7 +21,6 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-
 STRATA_UNITS = 1024
 """The strata ratio is rounded to 1/1024, so that every backend cuts at the same entry."""
 
@@ -98,7 +97,7 @@ def ragged_decode(
         [B, H, D] in the query's dtype; zeros where a region is empty.
     """
     del max_length
-    batch, heads, _ = query.shape
+    heads = query.shape[1]
     group = heads // start.shape[1]
     dtype = _accumulation_dtype(query.dtype)
     out = torch.zeros_like(query)
@@ -178,7 +177,7 @@ def window_mass(
     Returns:
         [N] float32 (float64 for float64 input), zero outside the regions.
     """
-    batch, window, heads, _ = queries.shape
+    _, window, heads, _ = queries.shape
     group = heads // start.shape[1]
     dtype = _accumulation_dtype(queries.dtype)
     mass = torch.zeros(keys.shape[0], dtype=dtype, device=keys.device)
@@ -247,7 +246,7 @@ def mean_query_logits(mean_query: Tensor, keys: Tensor, start: Tensor, length: T
     Returns:
         [N] float32 (float64 for float64 input), zero outside the regions.
     """
-    batch, heads, _ = mean_query.shape
+    heads = mean_query.shape[1]
     group = heads // start.shape[1]
     dtype = _accumulation_dtype(mean_query.dtype)
     logits = torch.zeros(keys.shape[0], dtype=dtype, device=keys.device)
@@ -272,8 +271,9 @@ def stratified_victims(
 
     Candidates are the T entries with `first <= position < last`; everything else is protected. Sorted by position, the
     oldest `strata_ratio` of them form the long stratum (counted in 1/`STRATA_UNITS`, rounded down), the others the near
-    one. Of M = min(evict, T) victims `M - M // 2` come from near and the rest from long, each stratum giving its lowest scores; what one stratum cannot
-    give, the other does. `strata_ratio = 0` is plain lowest-score eviction. Equal scores: the older entry leaves.
+    one. Of M = min(evict, T) victims `M - M // 2` come from near and the rest from long, each stratum giving its lowest
+    scores; what one stratum cannot give, the other does. `strata_ratio = 0` is plain lowest-score eviction. Equal
+    scores: the older entry leaves.
 
     Args:
         scores: [N], higher stays.
