@@ -59,11 +59,10 @@ def backend_for(tensor: Tensor) -> str:
     if choice:
         return _forced(choice, tensor)
     if tensor.dtype in HALF_AND_SINGLE:
-        device = tensor.device.type
-        if device == "cpu" and _installed("numba"):
-            return "numba"
+        if tensor.is_cpu:
+            return "numba" if _installed("numba") else "reference"
         # HIP devices are called cuda in torch; the other name is accepted as well.
-        if device in ("cuda", "hip") and _installed("triton"):
+        if tensor.device.type in ("cuda", "hip") and _installed("triton"):
             return "triton"
     return "reference"
 

@@ -153,7 +153,6 @@ def _run(
             address_of(new_positions, torch.int32, batch, "new_positions"),
         ]
     if query is not None:
-        query = readable(query, torch.float32)
         group = query.shape[1] // heads
     if sinks is not None:
         sinks = readable(sinks, torch.float32)
@@ -181,9 +180,10 @@ def _run(
 def _attend(
     query: Tensor, new: _NewEntry | None, store: _Store, scale: float, softcap: float, sinks: Tensor | None
 ) -> Tensor:
-    out = torch.empty(query.shape, dtype=torch.float32)
-    _run(decode_worker_for(store[0].dtype), query, new, store, scale, softcap, sinks, out)
-    return out.to(query.dtype)
+    single = readable(query, torch.float32)
+    out = torch.empty_like(single)
+    _run(decode_worker_for(store[0].dtype), single, new, store, scale, softcap, sinks, out)
+    return out if query.dtype == torch.float32 else out.to(query.dtype)
 
 
 def slot_write(

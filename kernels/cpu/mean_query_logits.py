@@ -48,7 +48,8 @@ def worker_for(dtype: torch.dtype) -> Any:
 def mean_query_logits(mean_query: Tensor, keys: Tensor, start: Tensor, length: Tensor, *, scale: float) -> Tensor:
     """Logit of the mean query for every slot, [N] float32. See `reference.mean_query_logits`."""
     heads, regions, (slots, size), dtype = start.shape[1], start.numel(), keys.shape, keys.dtype
-    group_mean = mean_query.reshape(-1, heads, mean_query.shape[1] // max(heads, 1), size).mean(2).to(torch.float32).contiguous()  # [B, G, D]
+    group = mean_query.shape[1] // max(heads, 1)
+    group_mean = mean_query.reshape(-1, heads, group, size).mean(2).float().contiguous()  # [B, G, D]
     logits = torch.zeros(slots, dtype=torch.float32)
     numbers = [
         size,
