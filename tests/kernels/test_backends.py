@@ -13,6 +13,7 @@ import pytest
 import torch
 
 from headkv_mm.kernels import cpu
+from headkv_mm.kernels.cpu import decode
 
 from .triton_cases import storage
 from .triton_checks import CHECKS, decode_case
@@ -107,3 +108,15 @@ def test_storage_that_does_not_fit_is_refused(name: str, error: type[Exception],
     new = (s.normal(1, 2, 16), s.normal(1, 2, 16), s.integers(0, 9, 1))
     with pytest.raises(error, match=name if name != "keys" else "values"):
         cpu.append_decode(s.normal(1, 2, 16), *new, *s.tensors(), scale=1.0, mass=s.mass)
+
+
+def test_warm_up_leaves_compiled_code_on_disk() -> None:
+    cpu.warm_up([torch.float32], head_sizes=[64])
+    # Past the cache of this process, the one on disk answers.
+    again = decode.decode_worker_for.__wrapped__(torch.float32)
+    assert again.cache_hits == 1
+
+
+def test_warm_up_refuses_what_it_cannot_compile() -> None:
+    with pytest.raises(TypeError, match=r"float32, float16 or bfloat16, got torch\.float64"):
+        cpu.warm_up([torch.float64])
