@@ -34,7 +34,9 @@ def picture_grid(model: Any, captions: Sequence[str], runs: Sequence[Mapping[str
     font, small = ImageFont.load_default(size=16), ImageFont.load_default(size=14)
     left = 2 * _GAP + 190
     top, pitch = 54, _SIDE + _GAP
-    canvas = Image.new("RGB", (left + len(runs) * pitch, top + rows * pitch + 30), "white")
+    legend = ("The first captions, not picked.", "Frame: green, everything right; orange, something wrong.")
+    width = max(left + len(runs) * pitch, round(max(map(small.getlength, legend))) + 2 * _GAP)
+    canvas = Image.new("RGB", (width, top + rows * pitch + 22 * len(legend) + 8), "white")
     draw = ImageDraw.Draw(canvas)
     for row, text in enumerate(captions[:rows]):
         lines = text.replace(" on ", ",on ").split(",")
@@ -51,6 +53,6 @@ def picture_grid(model: Any, captions: Sequence[str], runs: Sequence[Mapping[str
             draw.rectangle((x - _FRAME, y - _FRAME, x + _SIDE + _FRAME - 1, y + _SIDE + _FRAME - 1), fill=colour)
             picture = Image.fromarray(pixels[row]).resize((_SIDE, _SIDE), Image.Resampling.NEAREST)
             canvas.paste(picture, (x, y))
-    legend = "The first captions, not picked. Frame: green, everything right; orange, something wrong."
-    draw.text((_GAP, top + rows * pitch), legend, font=small, fill="#444444")
+    for number, text in enumerate(legend):
+        draw.text((_GAP, top + rows * pitch + 22 * number), text, font=small, fill="#444444")
     return canvas
