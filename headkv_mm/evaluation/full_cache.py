@@ -16,7 +16,7 @@ from headkv_mm.evaluation.images import Batch
 
 OnToken = Callable[[int], object]
 
-_ATTENTION_BATCH = 8  # attention weights of all layers are large
+_READ_TOGETHER = 32  # images; their logits are float64
 
 
 class FullCache:
@@ -33,7 +33,7 @@ class FullCache:
         self.tokens = list(tokens.to(model.device).split([len(part.scenes) for part in parts]))
         """int64 [B, N] for every batch."""
         self._scores: list[Tensor] | None = None
-        self._eager: Any = None
+        self._watching: Any = None
         self._needed: dict[Any, tuple[Tensor, Tensor]] = {}
 
     @property
@@ -55,14 +55,14 @@ class FullCache:
         """`labels.tokens_needed` of all captions after two rows, each [layers, captions, KV heads, taus]."""
         key = (rows, tuple(sorted(settings.items())))
         if key not in self._needed:
-            if self._eager is None:
-                self._eager = labels.eager_copy(self._model)
+            if self._watching is None:
+                self._watching = labels.watching_copy(self._model)
             parts = []
             for part, tokens in zip(self._parts, self.tokens, strict=True):
-                for first in range(0, len(tokens), _ATTENTION_BATCH):
-                    some = slice(first, first + _ATTENTION_BATCH)
+                for first in range(0, len(tokens), _READ_TOGETHER):
+                    some = slice(first, first + _READ_TOGETHER)
                     parts.append(
-                        labels.tokens_needed(self._eager, part.prompts.rows(some), tokens[some], rows, **settings)
+                        labels.tokens_needed(self._watching, part.prompts.rows(some), tokens[some], rows, **settings)
                     )
             early, late = (torch.cat([found[row] for found in parts], 1) for row in rows)
             self._needed[key] = early, late

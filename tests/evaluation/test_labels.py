@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 import pytest
@@ -33,7 +34,7 @@ def test_early_labels_are_those_that_the_cache_gives(
     prompts, tokens = image
     rows, taus = options.get("grouping_rows", 4), tuple(share / 20 for share in range(1, 20))
     needed = labels.tokens_needed(
-        labels.eager_copy(model),
+        labels.watching_copy(model),
         prompts,
         tokens,
         [rows],
@@ -54,11 +55,12 @@ def test_early_labels_are_those_that_the_cache_gives(
 
 def test_tokens_are_counted_backward_until_the_share_is_reached(model: Any, image: tuple[Prompts, Tensor]) -> None:
     prompts, tokens = image
-    eager = labels.eager_copy(model)
     taus = (0.3, 0.8)
-    found = labels.tokens_needed(eager, prompts, tokens, [2, 16], row=ROW, taus=taus)
+    found = labels.tokens_needed(labels.watching_copy(model), prompts, tokens, [2, 16], row=ROW, taus=taus)
     ids = torch.cat((prompts.ids, tokens), 1)
     mask = torch.cat((prompts.mask, torch.ones_like(tokens)), 1)
+    eager = copy.deepcopy(model)
+    eager.set_attn_implementation("eager")
     with torch.no_grad():
         attentions = eager(input_ids=ids, attention_mask=mask, use_cache=False, output_attentions=True).attentions
     columns, group = prompts.ids.shape[1], 2
@@ -78,11 +80,28 @@ def test_tokens_are_counted_backward_until_the_share_is_reached(model: Any, imag
                     assert int(found[row][layer, image_index, head, index]) == count
 
 
+def test_a_head_that_looks_at_the_prompt_alone_is_labelled_by_the_rest(
+    model: Any, image: tuple[Prompts, Tensor]
+) -> None:
+    # Queries so long that the prompt takes all the attention that float32 can hold.
+    extreme = copy.deepcopy(model)
+    with torch.no_grad():
+        for layer in extreme.model.language_model.layers:
+            layer.self_attn.q_proj.weight.mul_(300)
+    prompts, tokens = image
+    found = labels.tokens_needed(labels.watching_copy(extreme), prompts, tokens, [4], row=ROW, taus=(0.9,))[4]
+    cache = HeadKVCache(extreme, "headkv", budget=1 / 4)
+    for _ in zip(range(4 * ROW + 1), forced_scores(extreme, prompts, tokens, cache)):
+        pass
+    given = [layer.allocation.local for layer in cache.compressed_layers if layer.allocation is not None]
+    assert torch.equal(torch.stack([label for label in given if label is not None]), found[..., 0] < 32)
+
+
 def test_the_model_itself_stays_as_it_is(model: Any) -> None:
     before = model.config.get_text_config()._attn_implementation
-    twin = labels.eager_copy(model)
+    twin = labels.watching_copy(model)
     assert model.config.get_text_config()._attn_implementation == before
-    assert twin.config.get_text_config()._attn_implementation == "eager"
+    assert twin.config.get_text_config()._attn_implementation != before
 
 
 def test_stability_counts_labels() -> None:
