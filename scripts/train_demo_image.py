@@ -17,7 +17,7 @@ from torch.multiprocessing.spawn import spawn
 from tqdm import tqdm
 
 from headkv_mm.demo.image_checkpoint import load_checkpoint, save_checkpoint
-from headkv_mm.demo.image_export import check_output, evaluate_settings, export_model
+from headkv_mm.demo.image_export import check_output, evaluate_settings, export_model, round_to_float16
 from headkv_mm.demo.image_model import build_untrained_model
 from headkv_mm.demo.image_training import (
     SamplingSettings,
@@ -156,11 +156,12 @@ def train(rank: int, arguments: argparse.Namespace, port: int) -> None:
         dist.destroy_process_group()
     if rank == 0:
         torch.set_num_threads(os.cpu_count() or 1)
-        model.eval()
+        round_to_float16(model.eval())
         evaluation = evaluate_settings(
             model, arguments.evaluation_captions, lambda line: print(line, file=sys.stderr, flush=True)
         )
-        export_model(model, arguments.output, evaluation, {**state, "seed": arguments.seed})
+        run = {"seed": arguments.seed, "processes": processes, "device": device.type}
+        export_model(model, arguments.output, evaluation, {**state, **run})
         print(f"wrote {arguments.output}", file=sys.stderr)
 
 
@@ -173,7 +174,7 @@ def main() -> None:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    spawn(train, (arguments, port), nprocs=arguments.processes)  # type: ignore[no-untyped-call]
+    spawn(train, (arguments, port), nprocs=arguments.processes)
 
 
 if __name__ == "__main__":

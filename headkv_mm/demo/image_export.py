@@ -31,6 +31,13 @@ CANDIDATES = (
 SELECTION_SEED, REPORT_SEED = 2, 3
 
 
+@torch.no_grad()
+def round_to_float16(model: LlamaGenForConditionalGeneration) -> None:
+    """Round the parameters to what float16 can hold, so that the scores are those of the exported weights."""
+    for parameter in model.parameters():
+        parameter.copy_(parameter.half())
+
+
 def evaluate_settings(
     model: LlamaGenForConditionalGeneration, captions: int = 256, report: Callable[[str], None] = lambda line: None
 ) -> dict[str, Any]:
@@ -99,6 +106,7 @@ def export_model(
     half.load_state_dict(model.state_dict())
     chosen = evaluation["chosen"]
     half.generation_config.update(do_sample=True, **{**chosen, "top_k": int(chosen["top_k"])})
+    half.generation_config._from_model_config = False  # chosen here, not copied from the configuration
     half.save_pretrained(temporary)
     half.config.dtype = torch.float32  # what it loads as by default: CPUs are slow in float16
     half.config.save_pretrained(temporary)
@@ -156,9 +164,9 @@ Backgrounds: white, black, gray.
 
 ## Training
 
-From nothing on {training["images"]:,} generated scenes ({training["step"]:,} steps, {training["seconds"] / 60:.0f}
-minutes on two CPU cores, seed {training["seed"]}) with `scripts/train_demo_image.py`. One caption in 16, chosen by a
-hash of its content, was never trained on.
+From nothing on {training["images"]:,} generated scenes with `scripts/train_demo_image.py`: {training["step"]:,} steps,
+{training["seconds"] / 60:.0f} minutes, {training["processes"]} process(es) on {training["device"]}, seed
+{training["seed"]}. One caption in 16, chosen by a hash of its content, was never trained on.
 
 ## Scores
 
