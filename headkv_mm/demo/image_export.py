@@ -102,28 +102,31 @@ def export_model(
     check_output(folder)
     folder.parent.mkdir(parents=True, exist_ok=True)
     temporary = folder.with_name(f".{folder.name}.{os.getpid()}.tmp")
-    half = LlamaGenForConditionalGeneration(model.config).to(torch.float16)
-    half.load_state_dict(model.state_dict())
-    chosen = evaluation["chosen"]
-    half.generation_config.update(do_sample=True, **{**chosen, "top_k": int(chosen["top_k"])})
-    half.generation_config._from_model_config = False  # chosen here, not copied from the configuration
-    half.save_pretrained(temporary)
-    half.config.dtype = torch.float32  # what it loads as by default: CPUs are slow in float16
-    half.config.save_pretrained(temporary)
-    build_tokenizer(patch_dictionary().size).save_pretrained(temporary)
-    (temporary / "evaluation.json").write_text(
-        json.dumps({"training": training, **evaluation}, indent=2) + "\n", encoding="utf-8"
-    )
-    (temporary / "README.md").write_text(model_card(evaluation, training), encoding="utf-8")
-    for file in temporary.iterdir():
-        file.chmod(0o644)  # safetensors makes files that only their owner can read
-    if folder.exists():
-        replaced = folder.with_name(f".{folder.name}.{os.getpid()}.old")
-        os.replace(folder, replaced)
-        os.replace(temporary, folder)
-        shutil.rmtree(replaced)
-    else:
-        os.replace(temporary, folder)
+    try:
+        half = LlamaGenForConditionalGeneration(model.config).to(torch.float16)
+        half.load_state_dict(model.state_dict())
+        chosen = evaluation["chosen"]
+        half.generation_config.update(do_sample=True, **{**chosen, "top_k": int(chosen["top_k"])})
+        half.generation_config._from_model_config = False  # chosen here, not copied from the configuration
+        half.save_pretrained(temporary)
+        half.config.dtype = torch.float32  # what it loads as by default: CPUs are slow in float16
+        half.config.save_pretrained(temporary)
+        build_tokenizer(patch_dictionary().size).save_pretrained(temporary)
+        (temporary / "evaluation.json").write_text(
+            json.dumps({"training": training, **evaluation}, indent=2) + "\n", encoding="utf-8"
+        )
+        (temporary / "README.md").write_text(model_card(evaluation, training), encoding="utf-8")
+        for file in temporary.iterdir():
+            file.chmod(0o644)  # safetensors makes files that only their owner can read
+        if folder.exists():
+            replaced = folder.with_name(f".{folder.name}.{os.getpid()}.old")
+            os.replace(folder, replaced)
+            os.replace(temporary, folder)
+            shutil.rmtree(replaced)
+        else:
+            os.replace(temporary, folder)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)  # left over only if something failed
 
 
 def model_card(evaluation: dict[str, Any], training: dict[str, Any]) -> str:
