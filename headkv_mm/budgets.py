@@ -107,21 +107,40 @@ class ImagePlan:
         return max(self.smallest_window, min(round(rows * self.row), 2 * self.budget // 3))
 
 
-def image_plan(budget: Budget, grid: ImageGrid, *, bytes_per_entry: int = 0, condition: int = 0) -> ImagePlan:
+@dataclass(frozen=True)
+class StorageCost:
+    """Bytes that entries take, to divide a budget in bytes.
+
+    Attributes:
+        per_entry: one entry in every row, layer and KV head: keys, values and what is kept per slot.
+        fixed: what does not depend on the number of entries, over all layers.
+        condition: condition tokens of the longest row.
+    """
+
+    per_entry: int
+    fixed: int = 0
+    condition: int = 0
+
+    def of(self, entries: int, row: int) -> int:
+        """Bytes when every head keeps `entries` image entries and has room for one more row."""
+        return self.fixed + (self.condition + entries + row) * self.per_entry
+
+
+def image_plan(budget: Budget, grid: ImageGrid, cost: StorageCost | None = None) -> ImagePlan:
     """Turn a budget into entries per KV head.
 
     Args:
         budget: see `Budget`.
         grid: where the image lies.
-        bytes_per_entry: bytes that one entry in every row, layer and KV head takes together; needed for bytes only.
-        condition: condition tokens of the longest row; needed for bytes only.
+        cost: what entries cost; needed for a budget in bytes only.
 
     Raises:
         ValueError: if the budget is below one row and two tokens.
     """
     if isinstance(budget, str):
-        total = budget_bytes(budget)
-        entries = total // bytes_per_entry - condition - grid.row_stride
+        if cost is None:
+            raise ValueError(f"budget {budget!r} is in bytes, which can be divided only when the batch is known")
+        entries = (budget_bytes(budget) - cost.of(0, grid.row_stride)) // cost.per_entry
     elif isinstance(budget, float):
         entries = round(budget * grid.tokens)
     else:
@@ -129,8 +148,8 @@ def image_plan(budget: Budget, grid: ImageGrid, *, bytes_per_entry: int = 0, con
     plan = ImagePlan(tokens=grid.tokens, row=grid.row_stride, budget=min(entries, grid.tokens), start=grid.start)
     smallest = min(plan.smallest_window, plan.tokens)
     if plan.budget < smallest:
-        if isinstance(budget, str):
-            needed = f"{(smallest + condition + grid.row_stride) * bytes_per_entry} bytes"
+        if cost is not None and isinstance(budget, str):
+            needed = f"{cost.of(smallest, grid.row_stride)} bytes"
         else:
             needed = f"{smallest} entries or a fraction of {smallest / plan.tokens:.4f}"
         raise ValueError(

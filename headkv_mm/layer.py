@@ -19,6 +19,7 @@ from .budgets import Budget, ImagePlan, image_plan
 from .chunk import visible_columns
 from .compressor import LayerCompressor
 from .image_grid import ImageGrid
+from .memory import storage_cost
 from .pieces import Allocation
 from .ragged import RaggedKV
 from .registry import Method
@@ -239,7 +240,7 @@ class HeadKVLayer(CacheLayerMixin):
         (keys, values), self._pending = self._pending, None
         if self.compressor is None:
             output = stock()
-            self._start(keys, values, visible)
+            self._start(keys, values, visible, query.shape[1])
             return output
         if not prefill:
             return self.compressor.decode(query, keys, values, scale=scale, softcap=softcap, sinks=sinks), None
@@ -247,7 +248,7 @@ class HeadKVLayer(CacheLayerMixin):
             visible = torch.ones(keys.shape[0], tokens, dtype=torch.bool, device=keys.device)
         return self.compressor.append(query, keys, values, visible, scale=scale, softcap=softcap, sinks=sinks), None
 
-    def _start(self, keys: Tensor, values: Tensor, visible: Tensor | None) -> None:
+    def _start(self, keys: Tensor, values: Tensor, visible: Tensor | None, query_heads: int) -> None:
         """Hand the prompt to a compressor, or keep it as a stock layer if a budget in bytes turns out to hold all."""
         batch, heads, tokens, head_dim = keys.shape
         if visible is None:
@@ -256,9 +257,17 @@ class HeadKVLayer(CacheLayerMixin):
         else:
             row_prompt = visible.sum(-1).tolist()
         if self.plan is None and self.grid is not None:
-            entry = 2 * self.layers * batch * heads * head_dim * keys.element_size()
-            condition = max(row_prompt) + self.grid.start
-            self._set_plan(image_plan(self.budget, self.grid, bytes_per_entry=entry, condition=condition))
+            cost = storage_cost(
+                self.method,
+                layers=self.layers,
+                rows=batch,
+                heads=query_heads,
+                kv_heads=heads,
+                head_dim=head_dim,
+                itemsize=keys.element_size(),
+                condition=max(row_prompt) + self.grid.start,
+            )
+            self._set_plan(image_plan(self.budget, self.grid, cost))
         if self.plan is None or self.keeps_all:
             self._append_dense(keys, values)
         else:

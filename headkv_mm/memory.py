@@ -8,9 +8,10 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from .budgets import Budget, image_plan
+from .budgets import Budget, StorageCost, image_plan
 from .compression import Compression
 from .image_grid import ImageGrid
+from .registry import Method
 
 if TYPE_CHECKING:
     from .cache import HeadKVCache
@@ -95,6 +96,42 @@ class CacheReport:
         )
 
 
+def storage_cost(
+    method: Method,
+    *,
+    layers: int,
+    rows: int,
+    heads: int,
+    kv_heads: int,
+    head_dim: int,
+    itemsize: int,
+    condition: int,
+) -> StorageCost:
+    """What the entries of a method cost in a model, bookkeeping included.
+
+    Args:
+        method: says which scores are kept.
+        layers: compressed layers.
+        rows: rows of the batch.
+        heads, kv_heads, head_dim: H, G, D.
+        itemsize: bytes of one number of the cache.
+        condition: condition tokens of the longest row.
+    """
+    scorer = method.scorer
+    per_slot = 2 * head_dim * itemsize + 4  # keys, values, position
+    per_row = 3 * 4  # condition, tokens seen, padding
+    per_region = 5 * 4 + 1  # start, length, capacity, target, window, type
+    if scorer is not None and scorer.needs_attention:
+        per_slot += 4
+    if scorer is not None and scorer.needs_mean_query:
+        per_row += heads * head_dim * 4
+    return StorageCost(
+        per_entry=layers * rows * kv_heads * per_slot,
+        fixed=layers * rows * (per_row + kv_heads * per_region),
+        condition=condition,
+    )
+
+
 @dataclass(frozen=True)
 class MemoryPlan:
     """Bytes of keys and values that an image will take.
@@ -146,13 +183,25 @@ def plan_memory(
         raise ValueError(f"{type(config).__name__} states no image grid; pass image_grid=ImageGrid(height, width)")
     parsed = Compression.parse(compression, budget=budget, **options)
     dtype = dtype or getattr(text, "dtype", None) or torch.float32
-    heads = getattr(text, "num_key_value_heads", None) or text.num_attention_heads
+    kv_heads = getattr(text, "num_key_value_heads", None) or text.num_attention_heads
     head_dim = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
-    per_entry = 2 * rows * text.num_hidden_layers * heads * head_dim * torch.empty(0, dtype=dtype).element_size()
+    itemsize = torch.empty(0, dtype=dtype).element_size()
+    per_entry = 2 * rows * text.num_hidden_layers * kv_heads * head_dim * itemsize
     full = condition + grid.start + grid.tokens
     entries = full
-    if parsed.resolve().compresses:
-        plan = image_plan(parsed.budget, grid, bytes_per_entry=per_entry, condition=condition + grid.start)
+    method = parsed.resolve()
+    if method.compresses:
+        cost = storage_cost(
+            method,
+            layers=text.num_hidden_layers,
+            rows=rows,
+            heads=text.num_attention_heads,
+            kv_heads=kv_heads,
+            head_dim=head_dim,
+            itemsize=itemsize,
+            condition=condition + grid.start,
+        )
+        plan = image_plan(parsed.budget, grid, cost)
         if not plan.keeps_all:
             entries = condition + grid.start + plan.budget + plan.row
     return MemoryPlan(entries_per_head=entries, nbytes=per_entry * entries, nbytes_full=per_entry * full)

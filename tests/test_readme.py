@@ -12,8 +12,8 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[1]
-DOCUMENTS = ("README.md", "CONTRIBUTING.md")
-KNOWN_COMMANDS = {"make", "headkv-mm", "pip"}
+DOCUMENTS = ("README.md", "CONTRIBUTING.md", *(f"docs/{page.name}" for page in sorted((ROOT / "docs").glob("*.md"))))
+KNOWN_COMMANDS = {"make", "headkv-mm", "pip", "python"}
 
 
 def blocks(document: str, language: str) -> list[str]:

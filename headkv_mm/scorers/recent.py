@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import ClassVar, Literal
 
 from torch import Tensor
 
@@ -55,8 +55,8 @@ class RecentQueries:
 class Recency:
     """The newest entries score highest, whatever they hold (arXiv 2309.17453, with the condition as sinks)."""
 
-    needs_mean_query: bool = False
-    needs_attention: bool = False
+    needs_mean_query: ClassVar[bool] = False
+    needs_attention: ClassVar[bool] = False
 
     def score_entries(self, observed: Observed) -> Tensor:
         """Positions as scores, [N] float32."""
