@@ -22,6 +22,7 @@ from headkv_mm.demo.image_model import build_untrained_model
 from headkv_mm.demo.image_training import (
     SamplingSettings,
     batch_loss,
+    forgetful_mask,
     generate_and_score,
     learning_rate_factor,
     training_batches,
@@ -42,7 +43,13 @@ def parse_arguments() -> argparse.Namespace:
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
     parser.add_argument("--output", type=Path, required=True, help="folder for the finished model")
-    parser.add_argument("--images", type=int, default=100_000, help="number of training images")
+    parser.add_argument("--images", type=int, default=80_000, help="number of training images")
+    parser.add_argument(
+        "--forgetful-images",
+        type=int,
+        default=24_000,
+        help="training images after those, with dropout of past entries, so that the model stands a compressed cache",
+    )
     parser.add_argument("--processes", type=int, default=2, help="CPU processes of one thread each")
     parser.add_argument("--batch-size", type=int, default=32, help="images per step, over all processes")
     parser.add_argument("--seed", type=int, default=0, help="seed of the starting weights and of the data")
@@ -58,6 +65,8 @@ def parse_arguments() -> argparse.Namespace:
     for name in ("images", "processes", "batch_size", "peek_images", "evaluation_captions"):
         if getattr(arguments, name) < 1:
             parser.error(f"--{name.replace('_', '-')} must be at least 1")
+    if arguments.forgetful_images < 0:
+        parser.error("--forgetful-images must not be negative")
     if arguments.batch_size % arguments.processes:
         parser.error("--batch-size must be a multiple of --processes")
     if arguments.device != "cpu" and arguments.processes > 1:
@@ -112,15 +121,19 @@ def train(rank: int, arguments: argparse.Namespace, port: int) -> None:
         step, images, seconds, smooth = (progress[key] for key in ("step", "images", "seconds", "loss"))
     started = last_saved = time.monotonic()
     interval = 0.5 if sys.stderr.isatty() else 20
-    bar = tqdm(total=arguments.images, initial=images, unit="img", mininterval=interval, disable=rank > 0)
+    total = arguments.images + arguments.forgetful_images
+    heads = model.config.get_text_config().num_attention_heads
+    bar = tqdm(total=total, initial=images, unit="img", mininterval=interval, disable=rank > 0)
     share = arguments.batch_size // processes
-    while images < arguments.images:
-        factor = learning_rate_factor(step, images, arguments.images)
+    while images < total:
+        factor = learning_rate_factor(step, images, arguments.images, arguments.forgetful_images)
+        forgetful = torch.Generator().manual_seed(step * processes + rank) if images >= arguments.images else None
         adam.param_groups[0]["lr"], muon.param_groups[0]["lr"] = ADAM_RATE * factor, MUON_RATE * factor
         captioned = captioned_images = 0.0
         for batch in training_batches((arguments.seed * 10**9 + step) * processes + rank, share):
             moved = type(batch)(batch.prompts.to(device), batch.images.to(device), batch.with_caption)
-            loss = batch_loss(model, moved)
+            mask = None if forgetful is None else forgetful_mask(batch, heads, forgetful).to(device)
+            loss = batch_loss(model, moved, mask)
             (loss * (len(batch.images) / share)).backward()
             if batch.with_caption:
                 captioned += loss.item() * len(batch.images)
@@ -161,6 +174,7 @@ def train(rank: int, arguments: argparse.Namespace, port: int) -> None:
             model, arguments.evaluation_captions, lambda line: print(line, file=sys.stderr, flush=True)
         )
         run = {"seed": arguments.seed, "processes": processes, "device": device.type}
+        run["forgetful_images"] = arguments.forgetful_images
         export_model(model, arguments.output, evaluation, {**state, **run})
         print(f"wrote {arguments.output}", file=sys.stderr)
 

@@ -171,6 +171,10 @@ From nothing on {training["images"]:,} generated scenes with `scripts/train_demo
 {training["seconds"] / 60:.0f} minutes, {training["processes"]} process(es) on {training["device"]}, seed
 {training["seed"]}. One caption in 16, chosen by a hash of its content, was never trained on.
 
+The last {training["forgetful_images"]:,} scenes were trained with dropout of past entries: beyond a recent window
+every head lost a random part of the image drawn so far. The model stands a compressed cache better for it; without that
+phase it draws as well with its full cache and much worse with any compressed one.
+
 ## Scores
 
 Share of images in which every object, its colour, shape and place, and the background are right, read by an exact

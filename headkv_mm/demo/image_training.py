@@ -13,13 +13,14 @@ from torch.nn import functional
 from headkv_mm.demo.image_model import word_ids
 from headkv_mm.demo.parsing import SceneScore, score
 from headkv_mm.demo.patches import patch_dictionary, scene_tokens
-from headkv_mm.demo.scenes import Scene, caption, held_out, sample_scene
+from headkv_mm.demo.scenes import GRID_SIZE, Scene, caption, held_out, sample_scene
 from headkv_mm.demo.tokenizer import BOI, BOS, MAX_PROMPT_LENGTH, NULL, build_tokenizer, prompt_words
 from headkv_mm.llamagen.modeling import LlamaGenForConditionalGeneration
 
 CAPTION_DROPOUT = 0.08
 WARM_UP_STEPS = 50
 LAST_RATE = 0.02  # share of the learning rate that is left at the end
+FORGETFUL_RATE = 0.4  # share of the learning rate at which the forgetful phase begins
 
 
 @dataclass(frozen=True)
@@ -66,22 +67,50 @@ def training_batches(seed: int, count: int) -> list[Batch]:
     ]
 
 
-def batch_loss(model: LlamaGenForConditionalGeneration, batch: Batch) -> torch.Tensor:
+def forgetful_mask(batch: Batch, heads: int, generator: torch.Generator) -> torch.Tensor:
+    """A causal mask in which heads have lost part of the image that is not near: dropout on past entries.
+
+    Every head of every image keeps a random share of the past, from a tenth to everything, beyond a recent window of
+    one to three rows; a quarter of the images keep all. What is lost stays lost for later queries. The prompt stays.
+
+    Returns:
+        bool [B, heads, T, T], True where a query may look; T = prompt + image - 1.
+    """
+    size, length = len(batch.images), batch.prompts.shape[1]
+    total = length + batch.images.shape[1] - 1
+    share = 0.1 + 0.9 * torch.rand(size, heads, 1, generator=generator)
+    share[torch.rand(size, generator=generator) < 0.25] = 1.0
+    kept = torch.rand(size, heads, total, generator=generator) < share  # [B, H, T]
+    kept[..., :length] = True
+    window = torch.randint(GRID_SIZE + 2, 3 * GRID_SIZE, (size, heads, 1, 1), generator=generator)
+    age = torch.arange(total)[:, None] - torch.arange(total)[None, :]  # [T, T], query minus key
+    return (age >= 0) & (kept[:, :, None, :] | (age < window))
+
+
+def batch_loss(model: LlamaGenForConditionalGeneration, batch: Batch, mask: torch.Tensor | None = None) -> torch.Tensor:
     """Mean cross-entropy per image token, in nats.
 
-    The prompts take the last slots before the image, where `generate` has them too.
+    The prompts take the last slots before the image, where `generate` has them too. `mask` is None for causal
+    attention, or what `forgetful_mask` gives.
     """
     length, steps = batch.prompts.shape[1], batch.images.shape[1]
     first = MAX_PROMPT_LENGTH - length
     positions = torch.arange(first, MAX_PROMPT_LENGTH + steps - 1, device=batch.prompts.device)[None]
     inputs = torch.cat((batch.prompts, batch.images[:, :-1]), dim=1)
-    logits = model(input_ids=inputs, position_ids=positions, use_cache=False, logits_to_keep=steps).logits
+    logits = model(
+        input_ids=inputs, attention_mask=mask, position_ids=positions, use_cache=False, logits_to_keep=steps
+    ).logits
     return functional.cross_entropy(logits.flatten(0, 1), batch.images.flatten())
 
 
-def learning_rate_factor(step: int, images: int, total_images: int) -> float:
-    """Warm-up over the first steps, constant up to half of the images, then a straight line down."""
+def learning_rate_factor(step: int, images: int, total_images: int, forgetful_images: int = 0) -> float:
+    """Warm-up over the first steps, constant up to half of the images, then a straight line down.
+
+    The forgetful phase that follows begins again, lower, and goes down in a straight line too.
+    """
     warm_up = min(1.0, (step + 1) / WARM_UP_STEPS)
+    if forgetful_images and images >= total_images:
+        return FORGETFUL_RATE * max(LAST_RATE, 1 - (images - total_images) / forgetful_images)
     done = images / total_images
     return warm_up * (1.0 if done < 0.5 else max(LAST_RATE, (1 - done) / 0.5))
 

@@ -18,7 +18,7 @@ from headkv_mm.demo.captions import scene_from_caption
 from headkv_mm.demo.image_checkpoint import load_checkpoint, save_checkpoint
 from headkv_mm.demo.image_export import check_output, export_model
 from headkv_mm.demo.image_model import build_untrained_model, word_ids
-from headkv_mm.demo.image_training import batch_loss, learning_rate_factor, training_batches
+from headkv_mm.demo.image_training import batch_loss, forgetful_mask, learning_rate_factor, training_batches
 from headkv_mm.demo.muon import Muon, orthogonalise
 from headkv_mm.demo.parsing import parse_image
 from headkv_mm.demo.patches import tokens_to_image
@@ -76,6 +76,29 @@ def test_learning_rate() -> None:
     assert learning_rate_factor(100, 499, 1000) == 1.0
     assert learning_rate_factor(100, 750, 1000) == pytest.approx(0.5)
     assert learning_rate_factor(100, 1000, 1000) == pytest.approx(0.02)
+    assert learning_rate_factor(100, 1000, 1000, 400) == pytest.approx(0.4)
+    assert learning_rate_factor(100, 1200, 1000, 400) == pytest.approx(0.2)
+    assert learning_rate_factor(100, 1399, 1000, 400) == pytest.approx(0.008)
+
+
+def test_the_forgetful_mask_is_causal_and_spares_prompt_and_window() -> None:
+    batch = max(training_batches(0, 64), key=lambda item: len(item.images))
+    length = batch.prompts.shape[1]
+    mask = forgetful_mask(batch, 4, torch.Generator().manual_seed(0))
+    total = length + 255
+    assert mask.shape == (len(batch.images), 4, total, total)
+    causal = torch.ones(total, total, dtype=torch.bool).tril()
+    assert not (mask & ~causal).any()
+    assert mask[:, :, :, :length].eq(causal[:, :length]).all()
+    near = causal & ~causal.tril(-18)  # one row and two tokens
+    assert mask[:, :, near].all()
+    # What is lost stays lost: a column that turns False stays so for every later query.
+    for column in range(length, total):
+        seen = mask[:, :, column:, column].int()
+        assert (seen.diff(dim=-1) <= 0).all()
+    kept = mask[:, :, -1].float().mean(-1)
+    assert kept.min() < 0.5
+    assert kept.max() == 1.0
 
 
 @pytest.mark.parametrize("shape", [(8, 8), (24, 8), (8, 24)])
@@ -189,13 +212,14 @@ def test_the_script_trains_resumes_and_exports(
 ) -> None:
     script, folder = _script(), tmp_path / "model"
     command = ["train", "--output", str(folder), "--processes", "1", "--batch-size", "4", "--evaluation-captions", "2"]
+    command += ["--forgetful-images", "4"]
     monkeypatch.setattr(sys, "argv", [*command, "--images", "8", "--peek-images", "1000"])
     script.main()
     first = load_file(folder / "model.safetensors")["lm_head.weight"]
     monkeypatch.setattr(sys, "argv", [*command, "--images", "12", "--peek-images", "1000", "--resume"])
     script.main()
     assert not torch.equal(load_file(folder / "model.safetensors")["lm_head.weight"], first)
-    assert json.loads((folder / "evaluation.json").read_text(encoding="utf-8"))["training"]["images"] == 12
+    assert json.loads((folder / "evaluation.json").read_text(encoding="utf-8"))["training"]["images"] == 16
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,116 @@
+#!/usr/bin/env python3
+# SPDX-License-Identifier: Apache-2.0
+"""Put the committed results into README.md and docs/: everything between `<!-- results: NAME -->` and `<!-- end -->`.
+
+Example:
+    python scripts/update_docs.py          # rewrite
+    python scripts/update_docs.py --check  # exit with 1 if a document is out of date
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import re
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from headkv_mm.evaluation.settings import FULL, budget_label
+from headkv_mm.evaluation.tables import interval, percent, table
+
+ROOT = Path(__file__).resolve().parents[1]
+RESULTS = ROOT / "benchmarks" / "results"
+BLOCK = re.compile(r"(<!-- results: ([a-z-]+) -->\n)(.*?)(<!-- end -->)", re.DOTALL)
+
+
+def images() -> str:
+    """The short table of the image evaluation: bytes and quality."""
+    content = _load("images/results.json")
+    rows = []
+    for run in content["runs"]:
+        summary = run["summary"]
+        full = run["method"] == FULL
+        rows.append(
+            [
+                "full cache" if full else f"`{run['method']}`",
+                "" if full else budget_label(run["budget"]),
+                percent(summary["bytes_ratio"]),
+                interval(summary["outcomes"]["all_right"]),
+                "" if full else interval(summary["difference_to_full"]["all_right"], sign=True),
+            ]
+        )
+    return table(["method", "budget", "bytes held", "images all right", "difference to full"], rows)
+
+
+def decode() -> str:
+    """The ragged decode step against dense attention on the CPU."""
+    content = _load("cpu/ragged_decode.json")
+    rows = [
+        [
+            run["distribution"],
+            str(content["settings"]["threads"]),
+            f"{run['byte_ratio']:.2f}",
+            f"{run['speedup_cpu']:.2f}x",
+            percent(run["share_of_byte_ratio_cpu"], 0),
+        ]
+        for run in content["results"]
+    ]
+    return table(["lengths", "threads", "bytes, dense / ours", "speed-up (CPU time)", "share of the byte ratio"], rows)
+
+
+def image_decode() -> str:
+    """A whole image with and without compression."""
+    content = _load("cpu/image_decode.json")
+    settings, held, median = content["settings"], content["bytes"], content["median"]
+    rows = [
+        [
+            f"`{settings['method']}` {settings['budget']}",
+            percent(held["ratio"]),
+            percent(held["bookkeeping_share"], 2),
+            f"{median['speed_up']:.2f}x",
+            percent(median["overhead_share"], 2),
+        ]
+    ]
+    heads = ["method", "bytes held", "bookkeeping / keys and values", "speed-up, end to end", "method's own time"]
+    return table(heads, rows)
+
+
+MAKERS: dict[str, Callable[[], str]] = {"images": images, "decode": decode, "image-decode": image_decode}
+
+
+def _load(name: str) -> dict[str, Any]:
+    content: dict[str, Any] = json.loads((RESULTS / name).read_text(encoding="utf-8"))
+    return content
+
+
+def updated(text: str) -> str:
+    """The document with every block made anew.
+
+    Raises:
+        KeyError: for a block whose results nobody makes.
+    """
+    return BLOCK.sub(lambda match: f"{match[1]}{MAKERS[match[2]]()}\n{match[4]}", text)
+
+
+def main() -> int:
+    """Rewrite or check every document."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--check", action="store_true", help="change nothing; exit with 1 if something is out of date")
+    args = parser.parse_args()
+    stale = []
+    for page in (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))):
+        before = page.read_text(encoding="utf-8")
+        after = updated(before)
+        if after != before:
+            stale.append(page.name)
+            if not args.check:
+                page.write_text(after, encoding="utf-8")
+    if stale:
+        print(f"{'out of date' if args.check else 'updated'}: {', '.join(stale)}")
+    return 1 if args.check and stale else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
