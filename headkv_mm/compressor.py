@@ -202,10 +202,11 @@ class LayerCompressor:
     def _advance(self, query: Tensor, scale: float, visible: Tensor | None = None) -> None:
         """Count the tokens, keep what the next decision needs of their queries, and decide if it is due."""
         before, self.decoded = self.decoded, self.decoded + query.shape[2]
+        until_first = self.schedule.first(self.plan) - self.decoded
         allocated = self.observer.watch(
             query,
             self.plan,
-            until_first=self.schedule.first(self.plan) - self.decoded,
+            until_first=until_first,
             mean=self.scorer.needs_mean_query,
             last=0 if self.allocation is not None else self.allocator.queries_needed(self.plan),
             visible=visible,
@@ -214,6 +215,9 @@ class LayerCompressor:
             self._track_peak()
         if self.schedule.due(before, self.decoded, self.plan):
             self._evict(scale)
+        elif until_first == self.plan.row and self.store.mass is not None:
+            # The row before the first eviction decides it, as every later row decides its own.
+            self.store.mass.zero_()
 
     def _evict(self, scale: float) -> None:
         store, room = self.store, self._room

@@ -136,3 +136,24 @@ def test_rows_do_not_influence_each_other(name: str, scene: dict[str, Any]) -> N
             together.compressor.store.kept_positions()[row], driver.compressor.store.kept_positions()[0], strict=True
         ):
             assert torch.equal(ours, theirs)
+
+
+@pytest.mark.parametrize("method", ["lines", "headkv"])
+def test_attention_scores_are_those_of_the_last_row_alone(method: str) -> None:
+    """Also at the first eviction, before which several rows were decoded."""
+    grid = ImageGrid(6, 4)
+    scene = {"grid": grid, "budget": 8, "prompts": [2], "kv_heads": 2, "group": 2, "seed": 5, "tau": 0.9}
+    driver = Driver(method, scene, [0])
+    options = {"score": "softmax", ("grouping_rows" if method == "headkv" else "first_eviction_rows"): 3}
+    resolved = get_method(method).with_options(options)
+    keys = torch.randn(1, 2, 2, HEAD_DIM)
+    visible = torch.ones(1, 2, dtype=torch.bool)
+    compressor = LayerCompressor(resolved, driver.plan, keys, keys, visible, [2])
+    driver.compressor = compressor
+    for _ in range(3 * grid.width - 1):
+        driver.step()
+    store = compressor.store
+    for head in range(2):
+        region = slice(int(store.start[0, head]), int(store.start[0, head] + store.length[0, head]))
+        # Three queries of the last row so far, two query heads each, every softmax sums to one.
+        assert store.mass[region].sum() == pytest.approx(3 * 2, abs=1e-4)
