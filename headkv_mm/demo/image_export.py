@@ -84,7 +84,12 @@ def _best(table: list[dict[str, float]]) -> int:
     """
     top = max(entry["all_right"] for entry in table)
     near = [index for index, entry in enumerate(table) if entry["all_right"] >= top - 0.01]
-    return min(near, key=lambda i: (table[i]["guidance_scale"] > 1, -table[i]["all_right"], table[i]["temperature"]))
+
+    def rank(index: int) -> tuple[bool, float, float]:
+        entry = table[index]
+        return entry["guidance_scale"] > 1, -entry["all_right"], entry["temperature"]
+
+    return min(near, key=rank)
 
 
 def check_output(folder: Path) -> None:
