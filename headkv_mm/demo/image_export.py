@@ -79,8 +79,8 @@ def evaluate_settings(
 def _best(table: list[dict[str, float]]) -> int:
     """Index of the best settings.
 
-    Guidance, which doubles the work, must win by more than one image in a hundred. Of equals the coldest is taken: every
-    draw that is not the best one is a chance to go wrong.
+    Guidance, which doubles the work, must win by more than one image in a hundred. Of equals the coldest is taken:
+    every draw that is not the best one is a chance to go wrong.
     """
     top = max(entry["all_right"] for entry in table)
     near = [index for index, entry in enumerate(table) if entry["all_right"] >= top - 0.01]
