@@ -30,7 +30,15 @@ EVALUATION = {
     "report": {"captions": 4, "results": [{"temperature": 0.7, "top_k": 50, "guidance_scale": 1.5, "all_right": 0.25}]},
     "selection": {"captions": 2, "results": []},
 }
-TRAINING = {"images": 1000, "step": 10, "seconds": 60.0, "seed": 0, "processes": 2, "forgetful_images": 4, "device": "cpu"}
+TRAINING = {
+    "images": 1000,
+    "step": 10,
+    "seconds": 60.0,
+    "seed": 0,
+    "processes": 2,
+    "forgetful_images": 4,
+    "device": "cpu",
+}
 
 
 def test_batches_are_reproducible_and_hold_no_unseen_caption() -> None:
