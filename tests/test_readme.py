@@ -70,11 +70,11 @@ def test_links_lead_somewhere() -> None:
     for name in DOCUMENTS:
         text = (ROOT / name).read_text(encoding="utf-8")
         for target in re.findall(r"\]\((?!https?:)([^)#]+)", text):
-            assert (ROOT / target).exists(), f"{name}: {target}"
+            assert ((ROOT / name).parent / target).exists(), f"{name}: {target}"
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("document", DOCUMENTS)
+@pytest.mark.parametrize("document", [name for name in DOCUMENTS if blocks(name, "python")])
 def test_the_examples_run(document: str, tmp_path: Path) -> None:
     # One process per document: an example may go on from the one before it.
     code = "\n".join(blocks(document, "python"))
