@@ -46,7 +46,6 @@ def images() -> str:
 
 def decode() -> str:
     """The ragged decode step against dense attention on the CPU."""
-    content = _load("cpu/ragged_decode.json")
     rows = [
         [
             run["distribution"],
@@ -55,6 +54,7 @@ def decode() -> str:
             f"{run['speedup_cpu']:.2f}x",
             percent(run["share_of_byte_ratio_cpu"], 0),
         ]
+        for content in map(_load, ("cpu/ragged_decode.json", "cpu/ragged_decode_two_threads.json"))
         for run in content["results"]
     ]
     return table(["lengths", "threads", "bytes, dense / ours", "speed-up (CPU time)", "share of the byte ratio"], rows)
@@ -62,18 +62,21 @@ def decode() -> str:
 
 def image_decode() -> str:
     """A whole image with and without compression."""
-    content = _load("cpu/image_decode.json")
-    settings, held, median = content["settings"], content["bytes"], content["median"]
-    rows = [
-        [
-            f"`{settings['method']}` {settings['budget']}",
-            percent(held["ratio"]),
-            percent(held["bookkeeping_share"], 2),
-            f"{median['speed_up']:.2f}x",
-            percent(median["overhead_share"], 2),
-        ]
-    ]
-    heads = ["method", "bytes held", "bookkeeping / keys and values", "speed-up, end to end", "method's own time"]
+    rows = []
+    for content in map(_load, ("cpu/image_decode.json", "cpu/image_decode_batch_16.json")):
+        settings, held, median = content["settings"], content["bytes"], content["median"]
+        rows.append(
+            [
+                f"{settings['batch']} of {settings['grid']} x {settings['grid']}",
+                str(settings["threads"]),
+                f"`{settings['method']}` {settings['budget']}",
+                percent(held["ratio"]),
+                percent(held["bookkeeping_share"], 2),
+                f"{median['speed_up']:.2f}x",
+                percent(median["overhead_share"], 2),
+            ]
+        )
+    heads = ["images", "threads", "method", "bytes held", "bookkeeping", "speed-up, end to end", "method's own time"]
     return table(heads, rows)
 
 
