@@ -15,6 +15,7 @@ from .dispatch import (
     stratified_victims,
     tokens_needed,
     window_mass,
+    window_scores,
 )
 
 __all__ = [
@@ -29,4 +30,5 @@ __all__ = [
     "stratified_victims",
     "tokens_needed",
     "window_mass",
+    "window_scores",
 ]

@@ -167,10 +167,33 @@ def window_mass(
     *,
     scale: float,
     first_position: Tensor | None = None,
+    softcap: float = 0.0,
+    sinks: Tensor | None = None,
 ) -> Tensor:
     """Mean attention of a window of queries, per slot, [N] float32. See `reference.window_mass`."""
-    out: Tensor = _module(keys).window_mass(
-        queries, query_positions, keys, positions, start, length, scale=scale, first_position=first_position
+    storage, options = (keys, positions, start, length), {"first_position": first_position, "sinks": sinks}
+    out: Tensor = _module(keys).window_mass(queries, query_positions, *storage, scale=scale, softcap=softcap, **options)
+    return out
+
+
+def window_scores(
+    queries: Tensor,
+    query_positions: Tensor,
+    keys: Tensor,
+    positions: Tensor,
+    start: Tensor,
+    length: Tensor,
+    *,
+    scale: float,
+    pool: int = 1,
+    pooling: str = "max",
+    softcap: float = 0.0,
+    sinks: Tensor | None = None,
+) -> Tensor:
+    """`window_mass` pooled over neighbouring slots, [N] float32. See `reference.window_scores`."""
+    storage, options = (keys, positions, start, length), {"pool": pool, "pooling": pooling}
+    out: Tensor = _module(keys).window_scores(
+        queries, query_positions, *storage, scale=scale, softcap=softcap, sinks=sinks, **options
     )
     return out
 

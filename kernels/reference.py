@@ -11,31 +11,43 @@ H = G * R query heads, D head size, N slots:
     mass          [N]     float32       optional running attention per slot
 
 Regions never overlap, and nothing outside a filled region is ever read. The loops here are meant to be read, and to be
-exact in whatever dtype comes in (float64 included); speed is the business of `cpu` (numba) and `gpu` (Triton).
+exact in whatever dtype comes in (float64 included); speed is the business of `cpu` (numba) and `gpu` (Triton). What
+measures attention without changing anything is in `reference_scores`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 import torch
 from torch import Tensor
 
+from .reference_scores import (
+    accumulation_dtype,
+    capped,
+    head_mass,
+    mean_query_logits,
+    regions,
+    tokens_needed,
+    window_mass,
+    window_scores,
+)
+
+__all__ = [
+    "STRATA_UNITS",
+    "append_decode",
+    "fill_holes",
+    "gather_regions",
+    "head_mass",
+    "mean_query_logits",
+    "ragged_decode",
+    "slot_write",
+    "stratified_victims",
+    "tokens_needed",
+    "window_mass",
+    "window_scores",
+]
+
 STRATA_UNITS = 1024
 """The strata ratio is rounded to 1/1024, so that every backend cuts at the same entry."""
-
-
-def _accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
-    return torch.float64 if dtype == torch.float64 else torch.float32
-
-
-def _regions(start: Tensor, length: Tensor) -> Iterator[tuple[int, int, slice]]:
-    """Yield (row, head, slots) for every region that holds something."""
-    starts, lengths = start.tolist(), length.tolist()
-    for b in range(len(starts)):
-        for g in range(len(starts[b])):
-            if lengths[b][g] > 0:
-                yield b, g, slice(starts[b][g], starts[b][g] + lengths[b][g])
 
 
 def slot_write(
@@ -99,13 +111,11 @@ def ragged_decode(
     del max_length
     heads = query.shape[1]
     group = heads // start.shape[1]
-    dtype = _accumulation_dtype(query.dtype)
+    dtype = accumulation_dtype(query.dtype)
     out = torch.zeros_like(query)
-    for b, g, slots in _regions(start, length):
+    for b, g, slots in regions(start, length):
         h = slice(g * group, (g + 1) * group)
-        logits = query[b, h].to(dtype) @ keys[slots].to(dtype).T * scale  # [R, n]
-        if softcap > 0:
-            logits = softcap * torch.tanh(logits / softcap)
+        logits = capped(query[b, h].to(dtype) @ keys[slots].to(dtype).T * scale, softcap)  # [R, n]
         if sinks is None:
             weights = logits.softmax(-1)
         else:
@@ -152,110 +162,6 @@ def append_decode(
     )
 
 
-def window_mass(
-    queries: Tensor,
-    query_positions: Tensor,
-    keys: Tensor,
-    positions: Tensor,
-    start: Tensor,
-    length: Tensor,
-    *,
-    scale: float,
-    first_position: Tensor | None = None,
-) -> Tensor:
-    """Mean attention of a window of queries, per slot.
-
-    Each query's softmax runs over the slots it may see: positions at most its own and, where `first_position` is given,
-    at least that (so that condition tokens stay out of the mass). Means run over the window and the group, so the
-    result sums to one over a region that every query can see something of. A query that sees nothing adds nothing.
-
-    Args:
-        queries: [B, Q, H, D].
-        query_positions: [B, Q] int32.
-        first_position: [B] int32 or None.
-
-    Returns:
-        [N] float32 (float64 for float64 input), zero outside the regions.
-    """
-    _, window, heads, _ = queries.shape
-    group = heads // start.shape[1]
-    dtype = _accumulation_dtype(queries.dtype)
-    mass = torch.zeros(keys.shape[0], dtype=dtype, device=keys.device)
-    for b, g, slots in _regions(start, length):
-        q = queries[b, :, g * group : (g + 1) * group].to(dtype)  # [Q, R, D]
-        logits = q @ keys[slots].to(dtype).T * scale  # [Q, R, n]
-        visible = positions[slots][None, :] <= query_positions[b][:, None]  # [Q, n]
-        if first_position is not None:
-            visible &= (positions[slots] >= first_position[b])[None, :]
-        logits = logits.masked_fill(~visible[:, None], float("-inf"))
-        weights = logits.softmax(-1).nan_to_num(0.0)
-        mass[slots] = weights.sum((0, 1)) / (window * group)
-    return mass
-
-
-def tokens_needed(mass: Tensor, positions: Tensor, start: Tensor, length: Tensor, *, tau: float) -> Tensor:
-    """How many of the newest entries hold a share `tau` of each region's mass.
-
-    Mass is accumulated backward from the newest position (arXiv 2605.20600, head grouping).
-
-    Returns:
-        [B, G] int32; 0 for an empty region or one without mass.
-    """
-    needed = torch.zeros_like(start)
-    for b, g, slots in _regions(start, length):
-        newest_first = positions[slots].argsort(descending=True)
-        accumulated = mass[slots][newest_first].cumsum(0)
-        total = accumulated[-1]
-        if total > 0:
-            # Entries before the target, plus the one that reaches it; the clamp guards against rounding.
-            needed[b, g] = min(int((accumulated < tau * total).sum()) + 1, len(accumulated))
-    return needed
-
-
-def head_mass(
-    queries: Tensor,
-    query_positions: Tensor,
-    keys: Tensor,
-    positions: Tensor,
-    start: Tensor,
-    length: Tensor,
-    *,
-    scale: float,
-    tau: float,
-    first_position: Tensor | None = None,
-) -> Tensor:
-    """Tokens needed, counted backward, for a share `tau` of the window's attention: `window_mass` + `tokens_needed`.
-
-    Returns:
-        [B, G] int32.
-    """
-    mass = window_mass(
-        queries, query_positions, keys, positions, start, length, scale=scale, first_position=first_position
-    )
-    return tokens_needed(mass, positions, start, length, tau=tau)
-
-
-def mean_query_logits(mean_query: Tensor, keys: Tensor, start: Tensor, length: Tensor, *, scale: float) -> Tensor:
-    """Logit of the mean query for every slot, averaged over the group.
-
-    The mean of logits over queries is the logit of the mean query, so a running mean is all that must be stored.
-
-    Args:
-        mean_query: [B, H, D], float32 or wider.
-
-    Returns:
-        [N] float32 (float64 for float64 input), zero outside the regions.
-    """
-    heads = mean_query.shape[1]
-    group = heads // start.shape[1]
-    dtype = _accumulation_dtype(mean_query.dtype)
-    logits = torch.zeros(keys.shape[0], dtype=dtype, device=keys.device)
-    for b, g, slots in _regions(start, length):
-        q = mean_query[b, g * group : (g + 1) * group].to(dtype).mean(0)  # [D]
-        logits[slots] = keys[slots].to(dtype) @ q * scale
-    return logits
-
-
 def stratified_victims(
     scores: Tensor,
     positions: Tensor,
@@ -285,7 +191,7 @@ def stratified_victims(
         [N] bool, True for the victims.
     """
     victims = torch.zeros(positions.shape[0], dtype=torch.bool, device=positions.device)
-    for b, g, slots in _regions(start, length):
+    for b, g, slots in regions(start, length):
         position = positions[slots]
         candidate = ((position >= first[b, g]) & (position < last[b, g])).nonzero()[:, 0]
         candidate = candidate[position[candidate].argsort()]  # oldest first
@@ -317,7 +223,7 @@ def fill_holes(
     Holes inside the new length are filled, in slot order, with the survivors that lie beyond it, also in slot order: at
     most as many entries move as leave. Freed slots get position -1. `length` shrinks by the number of victims.
     """
-    for b, g, slots in _regions(start, length):
+    for b, g, slots in regions(start, length):
         flags = victims[slots]
         kept = int((~flags).sum())
         holes = flags[:kept].nonzero()[:, 0] + slots.start

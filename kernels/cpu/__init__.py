@@ -11,6 +11,7 @@ from .stratified_victims import stratified_victims
 from .tokens_needed import tokens_needed
 from .warm_up import warm_up
 from .window_mass import head_mass, window_mass
+from .window_scores import window_scores
 
 __all__ = [
     "append_decode",
@@ -24,4 +25,5 @@ __all__ = [
     "tokens_needed",
     "warm_up",
     "window_mass",
+    "window_scores",
 ]

@@ -7,14 +7,13 @@ together so that a dot product's horizontal sum and an accumulator's load and st
 
 from __future__ import annotations
 
-import math
 from typing import Any
 
 import numpy as np
 
 from .bits import widen
 from .jit import jit
-from .softmax import softmax_weights
+from .softmax import soft_cap, softmax_weights
 
 
 @jit
@@ -107,8 +106,7 @@ def attend(
     for r in range(query.shape[0]):
         row = logits[r, :count]
         if softcap > 0:
-            for j in range(count):
-                row[j] = softcap * np.float32(math.tanh(row[j] / softcap))
+            soft_cap(row, softcap)
         has_sink = sinks.size > 0
         total = softmax_weights(row, sinks[r] if has_sink else np.float32(0.0), has_sink)
         share = np.float32(1.0) / total

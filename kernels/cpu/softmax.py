@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The numerator of a softmax over one row of logits, in place."""
+"""The numerator of a softmax over one row of logits, and soft-capping before it, in place."""
 
 from __future__ import annotations
 
@@ -30,3 +30,17 @@ def softmax_weights(logits: Any, sink: Any, has_sink: bool) -> Any:
         logits[j] = weight
         total += weight
     return total
+
+
+@jit
+def soft_cap(logits: Any, softcap: Any) -> None:
+    """Replace logits by softcap * tanh(logit / softcap), in place.
+
+    tanh from exp of a negative number: never overflows, and a loop without library calls uses vector registers.
+    """
+    one, minus_two = np.float32(1.0), np.float32(-2.0)
+    for j in range(logits.size):
+        x = logits[j] / softcap
+        t = exp_of_nonpositive(minus_two * abs(x))
+        tanh = (one - t) / (one + t)
+        logits[j] = softcap * (-tanh if x < 0 else tanh)

@@ -14,6 +14,7 @@ from .mean_query_logits import worker_for as mean_query_logits_worker_for
 from .stratified_victims import the_worker as stratified_victims_worker
 from .tokens_needed import the_worker as tokens_needed_worker
 from .window_mass import worker_for as window_mass_worker_for
+from .window_scores import the_worker as pool_worker
 
 
 def warm_up(dtypes: Iterable[torch.dtype] = (torch.float32,), head_sizes: Iterable[int] = ()) -> None:
@@ -38,3 +39,4 @@ def warm_up(dtypes: Iterable[torch.dtype] = (torch.float32,), head_sizes: Iterab
         gather_regions_worker_for(dtype)
     stratified_victims_worker()
     tokens_needed_worker()
+    pool_worker()

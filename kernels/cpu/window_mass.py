@@ -26,13 +26,13 @@ from .job import (
     run_job,
 )
 from .memory import cube, float32s, int32s, matrix
-from .softmax import softmax_weights
+from .softmax import soft_cap, softmax_weights
 from .tokens_needed import tokens_needed
 
 (_BATCH, _WINDOW, _GROUP, _SIZE, _SLOTS, _SCALE, _QUERIES, _QUERY_POSITIONS, _KEYS, _POSITIONS) = range(
     FIRST, FIRST + 10
 )
-(_START, _LENGTH, _FIRST_POSITION, _MASS) = range(FIRST + 10, FIRST + 14)
+(_START, _LENGTH, _FIRST_POSITION, _SOFTCAP, _SINKS, _MASS) = range(FIRST + 10, FIRST + 16)
 
 _AT_ONCE = 32
 """Queries per pass over a region's keys: bounds the scratch to this many floats per slot of the longest region."""
@@ -46,11 +46,21 @@ def _mask(logits: Any, positions: Any, begin: Any, newest: Any, oldest: Any) -> 
 
 
 @jit
+def _seen_by_any(positions: Any, begin: Any, count: Any, newest: Any) -> Any:
+    """Slots up to the last that a query at `newest` sees: in a sorted region, half the work of a whole prompt."""
+    while count > 0 and positions[begin + count - 1] > newest:
+        count -= 1
+    return count
+
+
+@jit
 def _window_mass(address: int, element: Any) -> None:
     job = opened(address)
     regions, window, group, size, slots = job[REGIONS], job[_WINDOW], job[_GROUP], job[_SIZE], job[_SLOTS]
     heads = regions // job[_BATCH]
-    scale = as_float32(job, _SCALE)
+    scale, softcap = as_float32(job, _SCALE), as_float32(job, _SOFTCAP)
+    sinks = float32s(job[_SINKS], heads * group)
+    has_sink = sinks.size > 0
     queries = cube(job[_QUERIES], regions, window * group, size, np.float32(0))  # the region's queries together
     query_positions = matrix(job[_QUERY_POSITIONS], job[_BATCH], window, np.int32(0))
     first_position = int32s(job[_FIRST_POSITION], job[_BATCH])
@@ -63,15 +73,22 @@ def _window_mass(address: int, element: Any) -> None:
     region = next_region(job, length)
     while region >= 0:
         row = region // heads
-        begin, count = np.int64(start[region]), np.int64(length[region])
+        begin = np.int64(start[region])
         oldest = np.int64(first_position[row]) if first_position.size > 0 else np.int64(-(2**31))
         for q in range(0, window * group, _AT_ONCE):
             block = queries[region, q : q + _AT_ONCE]
+            newest = np.int64(-(2**31))
+            for r in range(block.shape[0]):
+                newest = max(newest, np.int64(query_positions[row, (q + r) // group]))
+            count = _seen_by_any(positions, begin, np.int64(length[region]), newest)
             group_logits(block, keys, begin, count, scale, logits)
             for r in range(block.shape[0]):
                 weights = logits[r, :count]
+                if softcap > 0:
+                    soft_cap(weights, softcap)
                 _mask(weights, positions, begin, np.int64(query_positions[row, (q + r) // group]), oldest)
-                total = softmax_weights(weights, np.float32(0.0), False)
+                sink = sinks[region % heads * group + (q + r) % group] if has_sink else np.float32(0.0)
+                total = softmax_weights(weights, sink, has_sink)
                 if total > 0:  # otherwise the query sees nothing
                     share = mean / total
                     for j in range(count):
@@ -101,6 +118,8 @@ def window_mass(
     *,
     scale: float,
     first_position: Tensor | None = None,
+    softcap: float = 0.0,
+    sinks: Tensor | None = None,
 ) -> Tensor:
     """Mean attention of a window of queries, per slot, [N] float32. See `reference.window_mass`."""
     batch, heads = start.shape
@@ -111,6 +130,8 @@ def window_mass(
     query_positions = readable(query_positions, torch.int32)
     if first_position is not None:
         first_position = readable(first_position, torch.int32)
+    if sinks is not None:
+        sinks = readable(sinks, torch.float32)
     mass = torch.zeros(slots, dtype=torch.float32)
     numbers = [
         batch,
@@ -126,6 +147,8 @@ def window_mass(
         address_of(start, torch.int32, regions, "start"),
         address_of(length, torch.int32, regions, "length"),
         address_of(first_position, torch.int32, batch, "first_position"),
+        as_integer(softcap),
+        address_of(sinks, torch.float32, heads * group, "sinks"),
         address_of(mass, torch.float32, slots, "mass"),
     ]
     run_job(worker_for(dtype), numbers, regions, slots, slots * size * window)

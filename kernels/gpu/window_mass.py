@@ -31,10 +31,10 @@ from .common import (
 
 
 @triton.jit
-def _window_rows(row, m, G, WINDOW: tl.constexpr, R: tl.constexpr):
+def _window_rows(row, m, G, window, R: tl.constexpr):
     """Index of query row m of a region in [B, Q, H], and of its position in [B, Q]."""
     b = row // G
-    at = b * WINDOW + m // R
+    at = b * window + m // R
     return at * (G * R) + (row % G) * R + m % R, at
 
 
@@ -58,13 +58,15 @@ def window_lse_kernel(
     first_position,  # [B] or None
     lse,  # [B * G, parts, Q * R] float32, natural; -inf where a query sees nothing
     scale,
+    softcap,
     G,
-    WINDOW: tl.constexpr,
+    window,
     R: tl.constexpr,
     D: tl.constexpr,
     DP: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
+    SOFTCAP: tl.constexpr,
     UPCAST: tl.constexpr,
     STAGES: tl.constexpr,
 ):
@@ -75,8 +77,8 @@ def window_lse_kernel(
     n = tl.load(length + row)
     base = tl.load(start + row).to(tl.int64)
     m = tl.program_id(2) * BLOCK_M + tl.arange(0, BLOCK_M)
-    m_ok = m < WINDOW * R
-    index, at = _window_rows(row, m, G, WINDOW, R)
+    m_ok = m < window * R
+    index, at = _window_rows(row, m, G, window, R)
     q = load_tile(queries, index, m_ok, D, DP)
     query_position = tl.load(query_positions + at, mask=m_ok, other=-1)
     peak = tl.full([BLOCK_M], NEGATIVE, tl.float32)
@@ -85,7 +87,7 @@ def window_lse_kernel(
         t = first + tl.arange(0, BLOCK_N)
         ok = t < n
         k = load_tile(keys, base + t, ok, D, DP)
-        logits = logits_base2(dot_keys(q, k, UPCAST), scale, 0.0, False)  # [BLOCK_M, BLOCK_N]
+        logits = logits_base2(dot_keys(q, k, UPCAST), scale, softcap, SOFTCAP)  # [BLOCK_M, BLOCK_N]
         visible = _visible(positions, base + t, ok, query_position, m_ok, first_position, row // G)
         logits = tl.where(visible, logits, NEGATIVE)
         new_peak = tl.maximum(peak, tl.max(logits, 1))
@@ -95,7 +97,7 @@ def window_lse_kernel(
         peak = new_peak
     seen = total > 0.0
     value = (peak + tl.log2(tl.where(seen, total, 1.0))) / LOG2E
-    place = (row * parts + part) * (WINDOW * R) + m
+    place = (row * parts + part) * (window * R) + m
     tl.store(lse + place, tl.where(seen, value, float("-inf")), mask=m_ok)
 
 
@@ -111,13 +113,15 @@ def window_mass_kernel(
     lse,  # [B * G, Q * R] float32, natural
     mass,  # [N] float32
     scale,
+    softcap,
     G,
-    WINDOW: tl.constexpr,
+    window,
     R: tl.constexpr,
     D: tl.constexpr,
     DP: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
+    SOFTCAP: tl.constexpr,
     UPCAST: tl.constexpr,
 ):
     """Several programs per region, each on every n-th block of slots and all queries."""
@@ -129,18 +133,18 @@ def window_mass_kernel(
         ok = t < n
         k = load_tile(keys, base + t, ok, D, DP)
         received = tl.zeros([BLOCK_N], tl.float32)
-        for m_first in tl.range(0, WINDOW * R, BLOCK_M):
+        for m_first in tl.range(0, window * R, BLOCK_M):
             m = m_first + tl.arange(0, BLOCK_M)
-            m_ok = m < WINDOW * R
-            index, at = _window_rows(row, m, G, WINDOW, R)
+            m_ok = m < window * R
+            index, at = _window_rows(row, m, G, window, R)
             q = load_tile(queries, index, m_ok, D, DP)
             query_position = tl.load(query_positions + at, mask=m_ok, other=-1)
-            total = tl.load(lse + row * (WINDOW * R) + m, mask=m_ok, other=0.0)
-            logits = logits_base2(dot_keys(q, k, UPCAST), scale, 0.0, False)
+            total = tl.load(lse + row * (window * R) + m, mask=m_ok, other=0.0)
+            logits = logits_base2(dot_keys(q, k, UPCAST), scale, softcap, SOFTCAP)
             visible = _visible(positions, base + t, ok, query_position, m_ok, first_position, row // G)
             weights = tl.exp2(logits - total[:, None] * LOG2E)
             received += tl.sum(tl.where(visible, weights, 0.0), 0)
-        tl.store(mass + base + t, received / (WINDOW * R), mask=ok)
+        tl.store(mass + base + t, received / (window * R), mask=ok)
 
 
 def window_mass(
@@ -153,6 +157,8 @@ def window_mass(
     *,
     scale: float,
     first_position: Tensor | None = None,
+    softcap: float = 0.0,
+    sinks: Tensor | None = None,
 ) -> Tensor:
     """Mean attention of a window of queries, per slot. See `headkv_mm.kernels.reference.window_mass`.
 
@@ -173,14 +179,17 @@ def window_mass(
     block_m = min(64, max(16, int(triton.next_power_of_2(rows))))
     block_n = min(64, block_slots(size, keys.dtype))
     parts = programs_per_region(regions, keys.shape[0], block_n)
-    shape = {"WINDOW": window, "R": group, "D": size, "DP": padded_head_size(size)}
-    blocks = {"BLOCK_M": block_m, "BLOCK_N": block_n, "UPCAST": upcast(queries, keys)}
+    shape = {"window": window, "R": group, "D": size, "DP": padded_head_size(size)}
+    blocks = {"BLOCK_M": block_m, "BLOCK_N": block_n, "SOFTCAP": softcap > 0, "UPCAST": upcast(queries, keys)}
     storage = (queries, query_positions, keys, positions, start, length, first_position)
+    numbers = (float(scale), float(softcap), start.shape[1])
     lse = torch.empty((regions, parts, rows), dtype=torch.float32, device=keys.device)
     window_lse_kernel[(regions, parts, triton.cdiv(rows, block_m))](
-        *storage, lse, float(scale), start.shape[1], **shape, **blocks, STAGES=STAGES, **OPTIONS
+        *storage, lse, *numbers, **shape, **blocks, STAGES=STAGES, **OPTIONS
     )
-    window_mass_kernel[(regions, parts)](
-        *storage, lse.logsumexp(1), mass, float(scale), start.shape[1], **shape, **blocks, **OPTIONS
-    )
+    lse = lse.logsumexp(1)  # [B * G, Q * R]
+    if sinks is not None:
+        sink = sinks.float().view(1, -1, 1, group).expand(start.shape[0], -1, window, -1)  # [B, G, Q, R]
+        lse = torch.logaddexp(lse, sink.reshape(regions, rows))
+    window_mass_kernel[(regions, parts)](*storage, lse, mass, *numbers, **shape, **blocks, **OPTIONS)
     return mass

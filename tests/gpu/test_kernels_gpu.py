@@ -57,6 +57,23 @@ def test_long_regions_evict_and_pack_like_the_reference(gpu: ModuleType) -> None
         assert torch.equal(got.nan_to_num(), expected.nan_to_num())
 
 
+def test_scores_of_a_whole_prompt(gpu: ModuleType) -> None:
+    """Every token is a query, at two lengths, without a [Q, n] matrix in memory."""
+    for tokens in (3000, 4001):
+        s = storage([[tokens, tokens]], 64, torch.bfloat16, "cuda")
+        for begin in s.start.flatten().tolist():
+            s.positions[begin : begin + tokens] = torch.arange(tokens, dtype=torch.int32, device="cuda")
+        queries = s.normal(1, tokens, 4, 64)
+        query_positions = torch.arange(tokens, dtype=torch.int32, device="cuda")[None]
+        arguments = (query_positions, s.keys, s.positions, s.start, s.length)
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        got = gpu.window_scores(queries, *arguments, scale=0.125, pool=7)
+        assert torch.cuda.max_memory_allocated() - before < tokens * tokens
+        arguments = (query_positions, s.keys.double(), s.positions, s.start, s.length)
+        close(got, reference.window_scores(queries.double(), *arguments, scale=0.125, pool=7), WEIGHT_TOLERANCE)
+
+
 def test_launchers_never_wait_for_the_device(gpu: ModuleType) -> None:
     s = storage([[300, 40], [1, 900]], 64, torch.bfloat16, "cuda", slack=8)
     wide = storage([[300, 40], [1, 900]], 64, torch.bfloat16, "cuda", slack=8)
@@ -64,13 +81,15 @@ def test_launchers_never_wait_for_the_device(gpu: ModuleType) -> None:
     query_positions = s.integers(0, 2000, 2, 5)
     new = [s.normal(2, 2, 64), s.normal(2, 2, 64), s.integers(5000, 5001, 2)]
     bounds = {"first": torch.zeros_like(s.length), "last": s.length * 2, "evict": s.length // 2}
-    scores = torch.zeros(len(s.positions), device="cuda")
+    scores, sinks = torch.zeros(len(s.positions), device="cuda"), torch.zeros(8, device="cuda")
     rows = torch.tensor([0, 1], device="cuda")
 
     def step() -> None:
         for max_length in (1000, 3000):
             gpu.append_decode(query, *new, *s.tensors(), scale=0.1, max_length=max_length, mass=s.mass)
         gpu.head_mass(queries, query_positions, s.keys, s.positions, s.start, s.length, scale=0.1, tau=0.5)
+        pooling = {"pool": 5, "softcap": 30.0, "sinks": sinks}
+        gpu.window_scores(queries, query_positions, s.keys, s.positions, s.start, s.length, scale=0.1, **pooling)
         gpu.mean_query_logits(query.float(), s.keys, s.start, s.length, scale=0.1)
         victims = gpu.stratified_victims(scores, s.positions, s.start, s.length, **bounds, strata_ratio=0.5)
         gpu.gather_regions(rows, ~victims, *s.tensors(), *wide.tensors())

@@ -114,6 +114,51 @@ def test_gather_regions(backend: Any, lengths: list[list[int]], seed: int, maske
         torch.testing.assert_close(got, expected, atol=0, rtol=0, equal_nan=True)
 
 
+@given(
+    lengths=SHAPES,
+    seed=SEEDS,
+    group=st.integers(1, 4),
+    window=st.integers(1, 40),
+    pool=st.sampled_from([1, 3, 7, 101]),
+    pooling=st.sampled_from(["max", "mean"]),
+    softcap=st.sampled_from([0.0, 1.5]),
+    with_sinks=st.booleans(),
+    in_order=st.booleans(),
+)
+@examples
+def test_window_scores(
+    lengths: list[list[int]],
+    seed: int,
+    group: int,
+    window: int,
+    pool: int,
+    pooling: str,
+    softcap: float,
+    with_sinks: bool,
+    in_order: bool,
+) -> None:
+    """Compiled and plain agree; pads add nothing; pooling keeps every score between the region's extremes."""
+    s = storage(lengths, 16, torch.float32, "cpu", seed=seed)
+    if in_order:  # then queries skip what lies beyond them
+        for slots in regions(s):
+            s.positions[slots] = s.positions[slots].sort().values
+    queries = s.normal(len(lengths), window, 2 * group, 16)
+    query_positions = s.integers(-1, 80, len(lengths), window)
+    arguments = (query_positions, s.keys, s.positions, s.start, s.length)
+    sinks = s.normal(2 * group) if with_sinks else None
+    options: dict[str, Any] = {"scale": 0.5, "softcap": softcap, "sinks": sinks}
+    mass = reference.window_scores(queries.double(), arguments[0], s.keys.double(), *arguments[2:], **options)
+    options |= {"pool": pool, "pooling": pooling}
+    want = reference.window_scores(queries.double(), arguments[0], s.keys.double(), *arguments[2:], **options)
+    got = cpu.window_scores(queries, *arguments, **options)
+    torch.testing.assert_close(got.double(), want, atol=2e-6, rtol=1e-5)
+    for slots in regions(s):
+        if slots.start < slots.stop:
+            assert mass[slots].sum() <= 1 + 1e-9
+            assert want[slots].max() <= mass[slots].max() + 1e-12
+            assert want[slots].min() >= mass[slots].min() - 1e-12
+
+
 @every_backend
 @given(seed=SEEDS)
 @settings(max_examples=10, deadline=None)

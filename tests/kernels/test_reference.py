@@ -10,7 +10,9 @@ import torch
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
-from headkv_mm.kernels import reference
+from headkv_mm.kernels import cpu, reference, reference_scores
+
+from .triton_cases import storage
 
 # arXiv 2605.20600, Figure 3: positions of a region, what leaves it when 10 of the 22 must, and what stays.
 FIGURE_POSITIONS = [4, 9, 10, 13, 14, 15, 16, 20, 25, 26, 27, *range(28, 39)]
@@ -88,6 +90,68 @@ def test_window_mass_by_hand() -> None:
     torch.testing.assert_close(mass, torch.tensor([1 / 9, 4 / 9, 1 / 9, 0.0, 0.0]))
     mass = reference.window_mass(*arguments, scale=1.0, first_position=int32([1]))
     torch.testing.assert_close(mass, torch.tensor([1 / 6, 0.0, 1 / 6, 0.0, 0.0]))
+
+
+@pytest.mark.parametrize("pooling", ["max", "mean"])
+@pytest.mark.parametrize("options", ["plain", "softcap", "sinks", "everything"])
+def test_window_scores_are_the_dense_formula(options: str, pooling: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Key by key and query by query, with math.exp: nothing of the reference is used. More queries than one block."""
+    monkeypatch.setattr(reference_scores, "_QUERIES_AT_ONCE", 3)
+    _, keys, _, start, length = dense_rows([[5, 9], [0, 1]], 8, 2)
+    generator = torch.Generator().manual_seed(3)
+    positions = torch.full((len(keys),), -7, dtype=torch.int32)
+    for begin, n in zip(start.flatten().tolist(), length.flatten().tolist()):
+        positions[begin : begin + n] = torch.randperm(12, generator=generator)[:n].int()
+    queries = torch.randn(2, 7, 4, 8, dtype=torch.float64, generator=generator) * 2
+    query_positions = int32([[3, 11, -1, 0, 7, 7, 9], [-1, 5, 12, 1, 0, 2, 30]])
+    cap = 1.5 if options in ("softcap", "everything") else 0.0
+    sinks = torch.randn(4, dtype=torch.float64, generator=generator) if options in ("sinks", "everything") else None
+    got = reference.window_scores(
+        queries, query_positions, keys, positions, start, length,
+        scale=0.4, pool=3, pooling=pooling, softcap=cap, sinks=sinks,
+    )  # fmt: skip
+    want = [0.0] * len(keys)
+    for b in range(2):
+        for g in range(2):
+            region = range(int(start[b, g]), int(start[b, g] + length[b, g]))
+            mass = dict.fromkeys(region, 0.0)
+            for q in range(7):
+                for h in (2 * g, 2 * g + 1):
+                    seen = [j for j in region if positions[j] <= query_positions[b, q]]
+                    logits = {j: 0.4 * float(queries[b, q, h] @ keys[j]) for j in seen}
+                    if cap:
+                        logits = {j: cap * math.tanh(x / cap) for j, x in logits.items()}
+                    below = sum(math.exp(x) for x in logits.values())
+                    below += math.exp(float(sinks[h])) if sinks is not None else 0.0
+                    for j, x in logits.items():
+                        mass[j] += math.exp(x) / below / 14
+            for j in region:
+                near = [mass[k] for k in (j - 1, j, j + 1) if k in mass]
+                want[j] = max(near) if pooling == "max" else sum(near) / len(near)
+    torch.testing.assert_close(got, torch.tensor(want, dtype=torch.float64), atol=1e-13, rtol=1e-12)
+
+
+def test_pooling_by_hand() -> None:
+    """Weights 1/2, 1/4, 1/4 and, in a region of its own, 1: nothing crosses the border between the two."""
+    keys, positions = torch.tensor([[math.log(2)], [0.0], [0.0], [9.0]]), int32([0, 1, 2, 0])
+    arguments = (torch.ones(1, 1, 2, 1), int32([[5]]), keys, positions, int32([[0, 3]]), int32([[3, 1]]))
+    for pool, pooling, scores in (
+        (1, "max", [0.5, 0.25, 0.25, 1.0]),
+        (3, "max", [0.5, 0.5, 0.25, 1.0]),
+        (3, "mean", [0.375, 1 / 3, 0.25, 1.0]),
+        (9, "mean", [1 / 3, 1 / 3, 1 / 3, 1.0]),
+    ):
+        got = reference.window_scores(*arguments, scale=1.0, pool=pool, pooling=pooling)
+        torch.testing.assert_close(got, torch.tensor(scores), msg=f"{pool} {pooling}")
+
+
+@pytest.mark.parametrize("pool, pooling, said", [(0, "max", "odd"), (4, "mean", "got 4"), (3, "median", '"median"')])
+def test_pooling_that_does_not_exist(pool: int, pooling: str, said: str) -> None:
+    s = storage([[3]], 16, torch.float32, "cpu")
+    arguments = (s.normal(1, 2, 1, 16), int32([[5, 6]]), s.keys, s.positions, s.start, s.length)
+    for backend in (reference, cpu):
+        with pytest.raises(ValueError, match=said.replace('"', "['\"]")):
+            backend.window_scores(*arguments, scale=1.0, pool=pool, pooling=pooling)
 
 
 @pytest.mark.parametrize("tau, needed", [(0.0, 1), (0.1, 1), (0.11, 2), (0.6, 2), (0.61, 3), (1.0, 3), (2.0, 3)])

@@ -25,6 +25,7 @@ KERNELS = DECODE | {
     "list_moves_kernel",
     "mean_query_logits_kernel",
     "move_kernel",
+    "pool_kernel",
     "slot_write_kernel",
     "stratified_victims_kernel",
     "tokens_needed_kernel",

@@ -129,6 +129,27 @@ def check_window_mass(backend: Any, device: str, dtype: torch.dtype) -> None:
             close(got, want, WEIGHT_TOLERANCE)
 
 
+def check_window_scores(backend: Any, device: str, dtype: torch.dtype) -> None:
+    """Pooling wider than a region, pad queries, every option; more query rows than one tile."""
+    for group, window, size, options in (
+        (2, 5, 80, {}),
+        (1, 70, 32, {"pool": 5, "pooling": "mean", "softcap": 2.0}),
+        (3, 9, 16, {"pool": 7, "pooling": "max", "sinks": torch.tensor([0.5, -1.0, float("-inf"), 3.0, 0.0, 1.0])}),
+    ):
+        s = storage([[0, 1], [2, 65], [300, 33]], size, dtype, device, seed=window)
+        options = {name: x.to(device) if isinstance(x, torch.Tensor) else x for name, x in options.items()}
+        queries = s.normal(3, window, 2 * group, size)
+        query_positions = s.integers(0, 600, 3, window)
+        query_positions[1, :2] = -1
+        arguments = (query_positions, s.keys, s.positions, s.start, s.length)
+        got = backend.window_scores(queries, *arguments, scale=0.3, **options)
+        arguments = (query_positions, s.keys.double(), s.positions, s.start, s.length)
+        want = reference.window_scores(queries.double(), *arguments, scale=0.3, **options)
+        assert got.dtype == torch.float32
+        assert want.sum() > 1
+        close(got, want, WEIGHT_TOLERANCE)
+
+
 def check_tokens_needed(backend: Any, device: str, dtype: torch.dtype) -> None:
     """Exact sums, so exact counts, also where the target is hit on the dot; no mass at all gives 0."""
     del dtype
