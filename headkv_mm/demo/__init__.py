@@ -14,10 +14,23 @@ def image_model_path() -> Path:
     Raises:
         FileNotFoundError: if the weights were not installed with the library.
     """
-    folder = _WEIGHTS / "text_to_image"
+    return _model_path("text_to_image", "scripts/train_demo_image.py")
+
+
+def text_model_path() -> Path:
+    """Folder of the embedded language model, in the layout that `from_pretrained` reads.
+
+    Raises:
+        FileNotFoundError: if the weights were not installed with the library.
+    """
+    return _model_path("language", "scripts/train_demo_text.py")
+
+
+def _model_path(name: str, script: str) -> Path:
+    folder = _WEIGHTS / name
     if not (folder / "model.safetensors").is_file():
+        kind = name.replace("text_to_image", "text-to-image")
         raise FileNotFoundError(
-            f"the embedded text-to-image model is missing from {folder}: reinstall headkv-mm, or train it with "
-            "scripts/train_demo_image.py"
+            f"the embedded {kind} model is missing from {folder}: reinstall headkv-mm, or train it with {script}"
         )
     return folder

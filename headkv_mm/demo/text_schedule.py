@@ -1,0 +1,64 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What the embedded language model is trained on, and when: lengths, mix of tasks, learning rate."""
+
+from __future__ import annotations
+
+import random
+from dataclasses import dataclass
+
+from headkv_mm.demo.text_training import TextBatch, text_batch
+
+TOKENS_PER_STEP = 4096
+WARM_UP_STEPS = 40
+LAST_RATE = 0.02  # share of the learning rate that is left at the end
+FIRST_MIX = {"number": 5.0, "joint": 1.0, "values": 1.0, "chain": 1.5, "list": 1.5}
+FULL_MIX = {"number": 3.0, "joint": 1.5, "values": 1.5, "chain": 2.0, "list": 1.5, "route": 1.0, "frequent": 0.3}
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One stage of the curriculum; it ends when the smoothed loss on the answers' values is below `enough`."""
+
+    length: int
+    rows: int
+    mix: dict[str, float] | None
+    enough: float
+    distinct: bool = False
+
+
+STAGES: tuple[Stage, ...] = (
+    Stage(80, 24, None, 0.5),
+    Stage(128, 20, FIRST_MIX, 0.15, distinct=True),
+    Stage(192, 16, FIRST_MIX, 0.12),
+    Stage(256, 14, FIRST_MIX, 0.12),
+    Stage(512, 8, FULL_MIX, 0.12),
+    Stage(1024, 4, FULL_MIX, 0.12),
+    Stage(2048, 2, FULL_MIX, 0.15),
+)
+LEAST_STEPS = 40  # in one stage
+MIXED_LENGTHS = {128: 0.1, 256: 0.15, 512: 0.25, 1024: 0.25, 2048: 0.2, 2560: 0.05}
+
+
+def next_batch(seed: int, step: int, stage: int, first_length: int = 0) -> TextBatch:
+    """The batch of a step; equal arguments give equal batches, so that a resumed run goes on as it would have.
+
+    Args:
+        seed: seed of the run.
+        step: number of the step.
+        stage: index into `STAGES`; `len(STAGES)` means mixed lengths.
+    """
+    rng = random.Random(f"{seed} {step}")
+    if stage < len(STAGES):
+        plan = STAGES[stage]
+        mix = None if stage == 1 and step % 5 == 0 else plan.mix
+        jumps = 2 if stage > 3 and rng.random() < 0.25 else 0
+        return text_batch(rng, plan.length, plan.rows, mix, plan.distinct, jumps)
+    length = rng.choices(list(MIXED_LENGTHS), list(MIXED_LENGTHS.values()))[0]
+    jumps = rng.randint(1, 3) if rng.random() < 0.35 else 0
+    return text_batch(rng, length, max(1, TOKENS_PER_STEP // length), FULL_MIX, False, jumps)
+
+
+def learning_rate_factor(step: int, tokens: int, total: int) -> float:
+    """Warm-up over the first steps, constant up to half of the tokens, then a straight line down."""
+    done = tokens / total
+    return min(1.0, (step + 1) / WARM_UP_STEPS) * (1.0 if done < 0.5 else max(LAST_RATE, (1 - done) / 0.5))
