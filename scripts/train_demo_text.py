@@ -13,8 +13,8 @@ from typing import Any
 import torch
 from torch.nn import functional
 
+from headkv_mm.demo.checkpoint import load_checkpoint, save_checkpoint
 from headkv_mm.demo.documents import TASKS
-from headkv_mm.demo.image_checkpoint import load_checkpoint, save_checkpoint
 from headkv_mm.demo.muon import Muon
 from headkv_mm.demo.text_evaluation import unseen_documents, would_answer
 from headkv_mm.demo.text_model import build_untrained_text_model

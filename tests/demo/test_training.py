@@ -15,7 +15,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForMultimodalLM, AutoTokenizer
 
 from headkv_mm.demo.captions import scene_from_caption
-from headkv_mm.demo.image_checkpoint import load_checkpoint, save_checkpoint
+from headkv_mm.demo.checkpoint import load_checkpoint, save_checkpoint
 from headkv_mm.demo.image_export import check_output, export_model
 from headkv_mm.demo.image_model import build_untrained_model, word_ids
 from headkv_mm.demo.image_training import batch_loss, forgetful_mask, learning_rate_factor, training_batches

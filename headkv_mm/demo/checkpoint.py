@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Saves and restores a training run of the embedded text-to-image model without pickle."""
+"""Saves and restores a training run of an embedded model without pickle."""
 
 from __future__ import annotations
 
@@ -33,7 +33,8 @@ def save_checkpoint(
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     save_file(
-        {name: value.detach().cpu().contiguous() for name, value in tensors.items()},
+        # Copies, because tied weights share their memory, which safetensors refuses.
+        {name: value.detach().cpu().clone().contiguous() for name, value in tensors.items()},
         temporary,
         metadata={_HEADER: json.dumps(progress)},
     )
