@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 # Okabe and Ito's colours, which people with any colour vision can tell apart.
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 MARKERS = ("o", "s", "^", "D", "v", "P", "X")
+LINES = ("-", "--", ":")  # one after the other when the colours are used up
 GLOBAL_COLOUR, LOCAL_COLOUR = COLOURS[0], COLOURS[4]
 
 _MOST_ANNOTATED = 16  # heads or layers; with more, numbers would overlap
@@ -164,6 +165,7 @@ def quality_vs_bytes(
             color=COLOURS[index % len(COLOURS)],
             marker=MARKERS[index % len(MARKERS)],
             markersize=6,
+            linestyle=LINES[index // len(COLOURS) % len(LINES)],
             linewidth=1.6,
             elinewidth=1,
             capsize=2.5,
@@ -180,7 +182,10 @@ def quality_vs_bytes(
     axes.set_title(title)
     axes.grid(alpha=0.25)
     axes.spines[["top", "right"]].set_visible(False)
-    axes.legend(frameon=False)
+    if len(by_method) > len(COLOURS):
+        axes.legend(frameon=False, loc="upper left", bbox_to_anchor=(1.01, 1.0), fontsize=8)
+    else:
+        axes.legend(frameon=False)
     return figure
 
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Bootstrap intervals over captions."""
+"""Bootstrap intervals over items: captions of images, or documents."""
 
 from __future__ import annotations
 
@@ -16,31 +16,31 @@ Values = npt.NDArray[np.float64]
 
 @dataclass(frozen=True)
 class Estimate:
-    """A mean over captions and its interval.
+    """A mean over items and its interval.
 
     Attributes:
-        mean: over the captions.
+        mean: over the items.
         low, high: ends of the 95 % percentile interval.
-        captions: how many there are.
+        items: how many there are.
     """
 
     mean: float
     low: float
     high: float
-    captions: int
+    items: int
 
-    def to_dict(self) -> dict[str, float | int]:
-        """As JSON types."""
-        return {"mean": self.mean, "low": self.low, "high": self.high, "captions": self.captions}
+    def to_dict(self, items: str) -> dict[str, float | int]:
+        """As JSON types; `items` says what they are, such as "captions"."""
+        return {"mean": self.mean, "low": self.low, "high": self.high, items: self.items}
 
 
-def resampling_counts(captions: int, resamples: int, seed: int) -> npt.NDArray[np.int64]:
-    """How often every caption is drawn in every resample, [resamples, captions].
+def resampling_counts(items: int, resamples: int, seed: int) -> npt.NDArray[np.int64]:
+    """How often every item is drawn in every resample, [resamples, items].
 
     The same counts serve all methods and measures, so that paired differences are paired.
     """
-    chances = np.full(captions, 1 / captions)
-    return np.random.default_rng(seed).multinomial(captions, chances, size=resamples)
+    chances = np.full(items, 1 / items)
+    return np.random.default_rng(seed).multinomial(items, chances, size=resamples)
 
 
 def estimate(
@@ -48,26 +48,26 @@ def estimate(
 ) -> Estimate | None:
     """Mean and percentile interval of a measure.
 
-    The interval says how far the mean would move with other captions of the same kind; it knows nothing of other
-    models. Where all captions agree it has no width, which then says only that there were too few captions.
+    The interval says how far the mean would move with other items of the same kind; it knows nothing of other
+    models. Where all items agree it has no width, which then says only that there were too few of them.
 
     Args:
-        values: [captions], one number per caption.
+        values: [items], one number each.
         counts: from `resampling_counts`.
-        which: [captions] bool, the captions that count; all by default. A resample that holds none of them is left out.
+        which: [items] bool, those that count; all by default. A resample that holds none of them is left out.
 
     Returns:
-        The estimate, or None if no caption counts.
+        The estimate, or None if no item counts.
 
     Raises:
         ValueError: if the sizes do not fit.
     """
     numbers = np.asarray(values, dtype=np.float64)
     if numbers.shape != (counts.shape[1],):
-        raise ValueError(f"expected one value for each of the {counts.shape[1]} captions, got shape {numbers.shape}")
+        raise ValueError(f"expected one value for each of the {counts.shape[1]} items, got shape {numbers.shape}")
     chosen = np.ones(len(numbers), dtype=bool) if which is None else np.asarray(which, dtype=bool)
     if chosen.shape != numbers.shape:
-        raise ValueError(f"expected one flag for each of the {len(numbers)} captions, got shape {chosen.shape}")
+        raise ValueError(f"expected one flag for each of the {len(numbers)} items, got shape {chosen.shape}")
     if not chosen.any():
         return None
     weights = counts[:, chosen]
@@ -82,5 +82,5 @@ def estimate(
 def paired_difference(
     values: npt.ArrayLike, reference: npt.ArrayLike, counts: npt.NDArray[np.int64], which: Any = None
 ) -> Estimate | None:
-    """`values - reference`, caption by caption, as `estimate` does it."""
+    """`values - reference`, item by item, as `estimate` does it."""
     return estimate(np.asarray(values, np.float64) - np.asarray(reference, np.float64), counts, which)

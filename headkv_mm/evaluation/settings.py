@@ -10,6 +10,7 @@ from typing import Any
 
 from headkv_mm.budgets import Budget
 from headkv_mm.compression import Compression
+from headkv_mm.evaluation.method_options import AskedOption, asked_options, check_asked_options
 from headkv_mm.registry import get_method
 
 FULL = "none"
@@ -44,7 +45,7 @@ class EvaluationSettings:
     seed: int = 0
     batch_size: int = 64
     first_eviction_rows: int = 4
-    options: tuple[tuple[str | None, str, Any], ...] = ()
+    options: tuple[AskedOption, ...] = ()
     resamples: int = 10_000
     pictures: int = 6
 
@@ -86,22 +87,19 @@ class EvaluationSettings:
                 f"method {method!r} has none of the options {', '.join(FIRST_EVICTION_OPTIONS)}, so its first eviction "
                 "cannot be set to that of the others; leave it out"
             )
-        asked = {name: value for who, name, value in self.options if who == method or (who is None and name in known)}
-        return {first[0]: self.first_eviction_rows, **asked}
+        return {first[0]: self.first_eviction_rows, **asked_options(self.options, method, known)}
 
     def image_seed(self, index: int) -> int:
         """Seed of the image of caption `index`: the same for every method and budget."""
         return self.seed * _SEEDS_PER_EVALUATION + index
 
     def _check_options(self) -> None:
-        compared = [method for method in self.methods if method != FULL]
-        for who, name, _ in self.options:
+        for _, name, _ in self.options:
             if name in FIRST_EVICTION_OPTIONS:
                 raise ValueError(f"option {name!r} is the same for all methods: set it with first_eviction_rows")
-            if who is not None and who not in compared:
-                raise ValueError(f"option {who}.{name} belongs to a method that is not evaluated: add {who!r}")
-            if who is None and not any(name in get_method(method).options for method in compared):
-                raise ValueError(f"none of the methods {', '.join(compared) or FULL} has an option {name!r}")
+        check_asked_options(
+            self.options, {method: get_method(method).options for method in self.methods if method != FULL}
+        )
 
 
 def run_name(compression: Compression) -> str:

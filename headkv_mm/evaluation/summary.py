@@ -105,4 +105,4 @@ def _captions(scenes: list[Scene], same: npt.NDArray[np.bool_]) -> dict[str, lis
 
 
 def _plain(found: Estimate | None) -> dict[str, float | int] | None:
-    return None if found is None else found.to_dict()
+    return None if found is None else found.to_dict("captions")

@@ -20,7 +20,7 @@ def test_the_interval_lies_within_the_values(values: list[float], seed: int) -> 
     slack = 1e-9 * max(1.0, *(abs(value) for value in values))
     assert min(values) - slack <= found.low <= found.high <= max(values) + slack
     assert found.mean == pytest.approx(np.mean(values), abs=1e-9)
-    assert found.captions == len(values)
+    assert found.items == len(values)
 
 
 @given(numbers, st.integers(1, 30))
@@ -85,7 +85,7 @@ def test_only_the_chosen_captions_count() -> None:
     counts = resampling_counts(4, 200, 0)
     found = estimate([1, 1, 0, 0], counts, [True, True, False, False])
     assert found is not None
-    assert (found.mean, found.low, found.high, found.captions) == (1, 1, 1, 2)
+    assert (found.mean, found.low, found.high, found.items) == (1, 1, 1, 2)
     assert estimate([1, 1, 0, 0], counts, [False] * 4) is None
 
 

@@ -44,7 +44,7 @@ def test_values_are_read() -> None:
         (["--budgets", "2/1"], "outside"),
         (["--budgets", "512MiB"], "depends on the batch"),
         (["--budgets", ","], "no budget is given"),
-        (["--methods", ","], "no method is named"),
+        (["--methods", ","], "nothing is named"),
         (["--captions", "0"], "at least 1"),
         (["--option", "tau"], "expected NAME=VALUE"),
     ],
