@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from headkv_mm.demo.documents import Document, make_document, prompt_text, score_answer
+from headkv_mm.demo.text_rows import token_ids
 from headkv_mm.demo.text_tokenizer import build_text_tokenizer
-from headkv_mm.demo.text_training import token_ids
 
 if TYPE_CHECKING:
     from transformers import LlamaForCausalLM

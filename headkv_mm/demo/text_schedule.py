@@ -10,6 +10,7 @@ from headkv_mm.demo.text_training import TextBatch, text_batch
 
 TOKENS_PER_STEP = 4096
 WARM_UP_STEPS = 40
+FORGETFUL_RATE = 0.3  # share of the learning rate at which the forgetful phase begins
 LAST_RATE = 0.02  # share of the learning rate that is left at the end
 FIRST_MIX = {"number": 5.0, "joint": 1.0, "values": 1.0, "chain": 1.5, "list": 1.5}
 FULL_MIX = {"number": 3.0, "joint": 1.5, "values": 1.5, "chain": 2.0, "list": 1.5, "route": 1.0, "frequent": 0.3}
@@ -39,7 +40,7 @@ LEAST_STEPS = 40  # in one stage
 MIXED_LENGTHS = {128: 0.1, 256: 0.15, 512: 0.25, 1024: 0.25, 2048: 0.2, 2560: 0.05}
 
 
-def next_batch(seed: int, step: int, stage: int, first_length: int = 0) -> TextBatch:
+def next_batch(seed: int, step: int, stage: int) -> TextBatch:
     """The batch of a step; equal arguments give equal batches, so that a resumed run goes on as it would have.
 
     Args:
@@ -58,7 +59,13 @@ def next_batch(seed: int, step: int, stage: int, first_length: int = 0) -> TextB
     return text_batch(rng, length, max(1, TOKENS_PER_STEP // length), FULL_MIX, False, jumps)
 
 
-def learning_rate_factor(step: int, tokens: int, total: int) -> float:
-    """Warm-up over the first steps, constant up to half of the tokens, then a straight line down."""
+def learning_rate_factor(step: int, tokens: int, total: int, forgetful: int = 0) -> float:
+    """Warm-up over the first steps, constant up to half of the tokens, then a straight line down.
+
+    The forgetful phase that follows begins again, lower, and goes down in a straight line too.
+    """
+    warm_up = min(1.0, (step + 1) / WARM_UP_STEPS)
+    if forgetful and tokens >= total:
+        return FORGETFUL_RATE * max(LAST_RATE, 1 - (tokens - total) / forgetful)
     done = tokens / total
-    return min(1.0, (step + 1) / WARM_UP_STEPS) * (1.0 if done < 0.5 else max(LAST_RATE, (1 - done) / 0.5))
+    return warm_up * (1.0 if done < 0.5 else max(LAST_RATE, (1 - done) / 0.5))
