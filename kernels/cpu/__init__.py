@@ -3,10 +3,11 @@
 
 from __future__ import annotations
 
-from .decode import append_decode, ragged_decode, slot_write
+from .decode import append_decode, ragged_decode
 from .fill_holes import fill_holes
 from .gather_regions import gather_regions
 from .mean_query_logits import mean_query_logits
+from .slot_write import slot_write
 from .stratified_victims import stratified_victims
 from .tokens_needed import tokens_needed
 from .warm_up import warm_up

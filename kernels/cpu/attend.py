@@ -11,9 +11,10 @@ from typing import Any
 
 import numpy as np
 
-from .bits import widen
+from .bits import exp_of_nonpositive, widen
 from .jit import jit
-from .softmax import soft_cap, softmax_weights
+from .parts import BEGIN, COUNT
+from .softmax import exp_below, largest, soft_cap, softmax_weights
 
 
 @jit
@@ -116,3 +117,88 @@ def attend(
             for j in range(count):
                 mass[begin + j] += row[j]
     weighted_values(logits, values, begin, count, out)
+
+
+@jit
+def attend_part(
+    query: Any,
+    keys: Any,
+    values: Any,
+    begin: Any,
+    count: Any,
+    scale: Any,
+    softcap: Any,
+    weights: Any,
+    peaks: Any,
+    totals: Any,
+    out: Any,
+) -> None:
+    """Attention over a part of a region, for `merge_parts`.
+
+    Args:
+        query: [R, D] float32.
+        keys, values: [N, D]; the part is begin .. begin + count, and not empty.
+        weights: [R, at least count] float32, becomes exp(logit - peak).
+        peaks, totals: [R] float32, become the largest logit and the sum of the weights.
+        out: [R, D] float32, becomes the weighted sum of the values.
+    """
+    group_logits(query, keys, begin, count, scale, weights)
+    for r in range(query.shape[0]):
+        row = weights[r, :count]
+        if softcap > 0:
+            soft_cap(row, softcap)
+        peaks[r] = largest(row, np.float32(-np.inf))
+        totals[r] = exp_below(row, peaks[r])
+    weighted_values(weights, values, begin, count, out)
+
+
+@jit
+def merge_parts(peaks: Any, totals: Any, parts: Any, sinks: Any, out: Any) -> None:
+    """One region's attention from that of its parts, added up in their order.
+
+    Args:
+        peaks: [P, R] float32, becomes the factor that makes each part's weights those of the whole region.
+        totals: [P, R] float32.
+        parts: [P, R, D] float32.
+        sinks: [R] float32, or empty for none.
+        out: [R, D] float32.
+    """
+    out[:] = np.float32(0.0)
+    for r in range(out.shape[0]):
+        most = sinks[r] if sinks.size > 0 else np.float32(-np.inf)
+        for p in range(peaks.shape[0]):
+            most = max(most, peaks[p, r])
+        total = exp_of_nonpositive(sinks[r] - most) if sinks.size > 0 else np.float32(0.0)
+        for p in range(peaks.shape[0]):
+            peaks[p, r] = exp_of_nonpositive(peaks[p, r] - most)
+            total += peaks[p, r] * totals[p, r]
+        for p in range(peaks.shape[0]):
+            factor = peaks[p, r] / total
+            peaks[p, r] = factor
+            for d in range(out.shape[1]):
+                out[r, d] += factor * parts[p, r, d]
+
+
+@jit
+def weights_of_part(weights: Any, begin: Any, count: Any, group: Any) -> Any:
+    """The place [R, count] of a part's weights among those of all slots, [N * R]."""
+    return weights[begin * group : (begin + count) * group].reshape((group, count))
+
+
+@jit
+def add_mass_of_parts(tasks: Any, factors: Any, weights: Any, mass: Any) -> None:
+    """Add the attention of one region's parts to the running mass.
+
+    Args:
+        tasks: [P, COLUMNS] int64.
+        factors: [P, R] float32, from `merge_parts`.
+        weights: [N * R] float32, from `attend_part`.
+        mass: [N] float32.
+    """
+    parts, group = factors.shape
+    for p in range(parts):
+        begin, count = tasks[p, BEGIN], tasks[p, COUNT]
+        own = weights_of_part(weights, begin, count, group)
+        for r in range(group):
+            for j in range(count):
+                mass[begin + j] += own[r, j] * factors[p, r]

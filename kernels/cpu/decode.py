@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """The decode step of one layer: write the new entry of each region, then attend over the region.
 
-Both happen in one loop, region by region, so the new key is still in cache when it is read.
+Both happen in one loop, so the new key is still in cache when it is read. Long regions are cut into parts (`parts.py`);
+the thread that finishes the last part of a region merges them.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .attend import attend
+from .attend import add_mass_of_parts, attend, attend_part, merge_parts, weights_of_part
 from .jit import SOURCES, jit, worker
 from .job import (
     FIRST,
@@ -22,91 +23,101 @@ from .job import (
     as_float32,
     as_integer,
     element_of,
-    longest,
-    next_region,
+    next_ticket,
     opened,
     readable,
     run_job,
 )
-from .memory import cube, float32s, int32s, matrix
+from .memory import cube, fetch_and_add_one, float32s, int32s, matrix, vector
+from .parts import BEGIN, COLUMNS, COUNT, FIRST_TASK, PARTS, REGION, lay_out, most_tasks
+from .slot_write import write_entry
 
 # What the job holds, in the order of `_run`.
 (_BATCH, _GROUP, _SIZE, _SLOTS, _SCALE, _SOFTCAP, _QUERY, _NEW_KEYS, _NEW_VALUES, _NEW_POSITIONS) = range(
     FIRST, FIRST + 10
 )
 (_KEYS, _VALUES, _POSITIONS, _START, _LENGTH, _SINKS, _MASS, _OUT) = range(FIRST + 10, FIRST + 18)
+# Then its table of tasks, how many parts of each region are done, what they leave, and what `_plan` finds out.
+(_MOST_TASKS, _TABLE, _DONE, _PARTIAL, _WEIGHTS, _TASKS, _LARGEST) = range(FIRST + 18, FIRST + 25)
 
 
 @jit
-def _append(job: Any, region: int, length: Any, element: Any) -> None:
-    """Write the new entry of one region into the slot after its last."""
-    size = job[_SIZE]
-    regions = job[REGIONS]
-    new_keys = matrix(job[_NEW_KEYS], regions, size, element)
-    new_values = matrix(job[_NEW_VALUES], regions, size, element)
-    keys = matrix(job[_KEYS], job[_SLOTS], size, element)
-    values = matrix(job[_VALUES], job[_SLOTS], size, element)
-    mass = float32s(job[_MASS], job[_SLOTS])
-    slot = int32s(job[_START], regions)[region] + np.int64(length[region])
-    for d in range(size):
-        keys[slot, d] = new_keys[region, d]
-        values[slot, d] = new_values[region, d]
-    row = region // (regions // job[_BATCH])
-    int32s(job[_POSITIONS], job[_SLOTS])[slot] = int32s(job[_NEW_POSITIONS], job[_BATCH])[row]
-    if mass.size > 0:
-        mass[slot] = np.float32(0.0)
-    length[region] += 1
-
-
-@jit
-def _append_all(address: int, element: Any) -> None:
+def _plan(address: int) -> None:
+    """Count the new entries in, and lay out the tasks: lengths do not change while threads run."""
     job = opened(address)
-    length = int32s(job[_LENGTH], job[REGIONS])
-    region = next_region(job, length)
-    while region >= 0:
-        _append(job, region, length, element)
-        region = next_region(job, length)
+    regions = job[REGIONS]
+    start, length = int32s(job[_START], regions), int32s(job[_LENGTH], regions)
+    if job[_NEW_KEYS] != 0:
+        for region in range(regions):
+            length[region] += 1
+    vector(job[_DONE], regions, np.int64(0))[:] = 0
+    job[_TASKS], job[_LARGEST] = lay_out(start, length, matrix(job[_TABLE], job[_MOST_TASKS], COLUMNS, np.int64(0)))
 
 
 @jit
 def _decode(address: int, element: Any) -> None:
     job = opened(address)
-    regions, group, size, slots = job[REGIONS], job[_GROUP], job[_SIZE], job[_SLOTS]
+    regions, group, size, slots, most = job[REGIONS], job[_GROUP], job[_SIZE], job[_SLOTS], job[_MOST_TASKS]
+    heads = regions // job[_BATCH]
     scale, softcap = as_float32(job, _SCALE), as_float32(job, _SOFTCAP)
-    query = cube(job[_QUERY], regions, group, size, np.float32(0))
-    out = cube(job[_OUT], regions, group, size, np.float32(0))
-    keys = matrix(job[_KEYS], slots, size, element)
-    values = matrix(job[_VALUES], slots, size, element)
-    start, length = int32s(job[_START], regions), int32s(job[_LENGTH], regions)
-    mass = float32s(job[_MASS], slots)
-    sinks = float32s(job[_SINKS], regions // job[_BATCH] * group)  # [H]
+    query, out = (
+        cube(job[_QUERY], regions, group, size, np.float32(0)),
+        cube(job[_OUT], regions, group, size, np.float32(0)),
+    )
+    keys, values = matrix(job[_KEYS], slots, size, element), matrix(job[_VALUES], slots, size, element)
+    start, length, mass = int32s(job[_START], regions), int32s(job[_LENGTH], regions), float32s(job[_MASS], slots)
+    sinks = float32s(job[_SINKS], heads * group)
     appends = job[_NEW_KEYS] != 0
-    # Other threads may have appended to their regions already, or not: one more than the longest holds in any case.
-    logits = np.empty((group, longest(length) + 1), np.float32)
-    region = next_region(job, length)
-    while region >= 0:
-        if appends:
-            _append(job, region, length, element)
-        begin, count = np.int64(start[region]), np.int64(length[region])
-        if sinks.size > 0:  # region b * G + g has the query heads g * R .. g * R + R
-            head = region * group % sinks.size
-            own_sinks = sinks[head : head + group]
+    new_keys, new_values = (
+        matrix(job[_NEW_KEYS], regions, size, element),
+        matrix(job[_NEW_VALUES], regions, size, element),
+    )
+    new_positions, positions = int32s(job[_NEW_POSITIONS], job[_BATCH]), int32s(job[_POSITIONS], slots)
+    table, done = matrix(job[_TABLE], most, COLUMNS, np.int64(0)), vector(job[_DONE], regions, np.int64(0))
+    partial = cube(job[_PARTIAL], most, group, size, np.float32(0))
+    behind = job[_PARTIAL] + 4 * most * group * size
+    peaks, totals = (
+        matrix(behind, most, group, np.float32(0)),
+        matrix(behind + 4 * most * group, most, group, np.float32(0)),
+    )
+    weights = float32s(job[_WEIGHTS], slots * group)
+    logits = np.empty((group, job[_LARGEST]), np.float32)
+    ticket = next_ticket(job, job[_TASKS])
+    while ticket >= 0:
+        region, begin, count = table[ticket, REGION], table[ticket, BEGIN], table[ticket, COUNT]
+        end, parts = begin + count, table[ticket, PARTS]
+        if appends and end == np.int64(start[region]) + np.int64(length[region]):
+            position, last = new_positions[region // heads], end - 1
+            write_entry(new_keys[region], new_values[region], position, keys, values, positions, mass, last)
+        own_sinks = sinks
+        if sinks.size > 0:
+            own_sinks = sinks[region % heads * group : (region % heads + 1) * group]
+        if parts == 1:
+            attend(query[region], keys, values, begin, count, scale, softcap, own_sinks, mass, logits, out[region])
         else:
-            own_sinks = sinks
-        attend(query[region], keys, values, begin, count, scale, softcap, own_sinks, mass, logits, out[region])
-        region = next_region(job, length)
+            scratch = weights_of_part(weights, begin, count, group) if weights.size > 0 else logits
+            peak, total = peaks[ticket], totals[ticket]
+            attend_part(
+                query[region], keys, values, begin, count, scale, softcap, scratch, peak, total, partial[ticket]
+            )
+            if fetch_and_add_one(done[region : region + 1]) == parts - 1:
+                own = slice(table[ticket, FIRST_TASK], table[ticket, FIRST_TASK] + parts)
+                merge_parts(peaks[own], totals[own], partial[own], own_sinks, out[region])
+                if weights.size > 0:
+                    add_mass_of_parts(table[own], peaks[own], weights, mass)
+        ticket = next_ticket(job, job[_TASKS])
 
 
 @functools.cache
-def append_worker_for(dtype: torch.dtype) -> Any:
-    """The compiled loop for storage of this dtype."""
-    element, sources = element_of(dtype), SOURCES
+def plan_worker() -> Any:
+    """The compiled loop that comes before."""
+    sources = SOURCES
 
-    def append_all(address: Any) -> None:
+    def plan(address: Any) -> None:
         if sources:
-            _append_all(address, element(0))
+            _plan(address)
 
-    return worker(append_all)
+    return worker(plan)
 
 
 @functools.cache
@@ -125,37 +136,32 @@ _NewEntry = tuple[Tensor, Tensor, Tensor]
 _Store = tuple[Tensor, Tensor, "Tensor | None", Tensor, Tensor, "Tensor | None"]
 
 
-def _run(
-    compiled: Any,
-    query: Tensor | None,
-    new: _NewEntry | None,
-    store: _Store,
-    scale: float,
-    softcap: float,
-    sinks: Tensor | None,
-    out: Tensor | None,
-) -> None:
+def _attend(
+    query: Tensor, new: _NewEntry | None, store: _Store, scale: float, softcap: float, sinks: Tensor | None
+) -> Tensor:
     keys, values, positions, start, length, mass = store
+    single = readable(query, torch.float32)
+    out = torch.empty_like(single)
     batch, heads = length.shape
     regions, (slots, size), dtype = batch * heads, keys.shape, keys.dtype
     if regions == 0:
-        return
-    group, entry = 0, [0, 0, 0]
+        return out.to(query.dtype)
+    group, entry = query.shape[1] // heads, [0, 0, 0]
     if new is not None:
-        new_keys, new_values, new_positions = (
-            readable(new[0], dtype),
-            readable(new[1], dtype),
-            readable(new[2], torch.int32),
-        )
+        new_keys, new_values = readable(new[0], dtype), readable(new[1], dtype)
+        new_positions = readable(new[2], torch.int32)
         entry = [
             address_of(new_keys, dtype, regions * size, "new_keys"),
             address_of(new_values, dtype, regions * size, "new_values"),
             address_of(new_positions, torch.int32, batch, "new_positions"),
         ]
-    if query is not None:
-        group = query.shape[1] // heads
     if sinks is not None:
         sinks = readable(sinks, torch.float32)
+    tasks = most_tasks(regions, slots)
+    counts = 8 * (tasks * COLUMNS + regions)  # bytes
+    partial = counts + 4 * tasks * group * (size + 2)
+    workspace = torch.empty(partial + (0 if mass is None else 4 * slots * group), dtype=torch.uint8)
+    table = workspace.data_ptr()
     numbers = [
         batch,
         group,
@@ -163,7 +169,7 @@ def _run(
         slots,
         as_integer(scale),
         as_integer(softcap),
-        address_of(query, torch.float32, regions * group * size, "query"),
+        address_of(single, torch.float32, regions * group * size, "query"),
         *entry,
         address_of(keys, dtype, slots * size, "keys"),
         address_of(values, dtype, slots * size, "values"),
@@ -173,33 +179,16 @@ def _run(
         address_of(sinks, torch.float32, heads * group, "sinks"),
         address_of(mass, torch.float32, slots, "mass"),
         address_of(out, torch.float32, regions * group * size, "out"),
+        tasks,
+        table,
+        table + 8 * tasks * COLUMNS,
+        table + counts,
+        0 if mass is None else table + partial,
+        0,
+        0,
     ]
-    run_job(compiled, numbers, regions, slots, regions * size if out is None else slots * size)
-
-
-def _attend(
-    query: Tensor, new: _NewEntry | None, store: _Store, scale: float, softcap: float, sinks: Tensor | None
-) -> Tensor:
-    single = readable(query, torch.float32)
-    out = torch.empty_like(single)
-    _run(decode_worker_for(store[0].dtype), single, new, store, scale, softcap, sinks, out)
+    run_job(decode_worker_for(dtype), numbers, regions, slots, slots * size, prepare=plan_worker())
     return out if query.dtype == torch.float32 else out.to(query.dtype)
-
-
-def slot_write(
-    new_keys: Tensor,
-    new_values: Tensor,
-    new_positions: Tensor,
-    keys: Tensor,
-    values: Tensor,
-    positions: Tensor,
-    start: Tensor,
-    length: Tensor,
-    mass: Tensor | None = None,
-) -> None:
-    """Append one entry to every region, in place. See `reference.slot_write`."""
-    store = (keys, values, positions, start, length, mass)
-    _run(append_worker_for(keys.dtype), None, (new_keys, new_values, new_positions), store, 0.0, 0.0, None, None)
 
 
 def ragged_decode(

@@ -69,12 +69,20 @@ def as_integer(number: float) -> int:
     return bits
 
 
-def run_job(worker: Any, numbers: list[int], regions: int, slots: int, elements: int) -> None:
-    """Run a worker over `regions` regions that lie in `slots` slots; the job reads about `elements` elements."""
+def run_job(
+    worker: Any, numbers: list[int], regions: int, slots: int, elements: int, prepare: Any | None = None
+) -> None:
+    """Run a worker over `regions` regions that lie in `slots` slots; the job reads about `elements` elements.
+
+    `prepare`, also a worker, runs before it on one thread and may write into the job.
+    """
     # Regions longer than the mean capacity are taken first (see `next_region`).
     if regions > 0:
         job = array.array("q", [0, regions, slots // regions, *numbers])
-        run(worker, job.buffer_info()[0], thread_count(elements))
+        address = job.buffer_info()[0]
+        if prepare is not None:
+            prepare.ctypes(address)
+        run(worker, address, thread_count(elements))
 
 
 @jit
@@ -87,6 +95,13 @@ def opened(address: int) -> Any:
 def as_float32(job: Any, index: int) -> Any:
     """A float of the job, that `as_integer` made a number of."""
     return np.float32(job[index : index + 1].view(np.float64)[0])
+
+
+@jit
+def next_ticket(job: Any, tickets: Any) -> Any:
+    """The next number below `tickets` for this thread, -1 when there is none left."""
+    ticket = fetch_and_add_one(job)
+    return ticket if ticket < tickets else np.int64(-1)
 
 
 @jit

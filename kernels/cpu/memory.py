@@ -58,11 +58,14 @@ def float32s(address: int, count: int) -> Any:
 
 @intrinsic
 def fetch_and_add_one(typing_context: Any, counter: Any) -> Any:
-    """Add one to `counter[0]` (int64 array), atomically, and return what it held."""
+    """Add one to `counter[0]` (int64 array), atomically, and return what it held.
+
+    Who reads a count also sees what other threads wrote before they counted.
+    """
 
     def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
         array = context.make_array(signature.args[0])(context, builder, args[0])
-        return builder.atomic_rmw("add", array.data, ir.Constant(ir.IntType(64), 1), "monotonic")
+        return builder.atomic_rmw("add", array.data, ir.Constant(ir.IntType(64), 1), "acq_rel")
 
     if not (isinstance(counter, types.Array) and counter.dtype == types.int64):
         return None

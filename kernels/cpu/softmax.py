@@ -12,23 +12,41 @@ from .jit import jit
 
 
 @jit
+def largest(logits: Any, at_least: Any) -> Any:
+    """The largest of the logits and `at_least`."""
+    most = at_least
+    for j in range(logits.size):
+        most = max(most, logits[j])
+    return most
+
+
+@jit
+def exp_below(logits: Any, most: Any) -> Any:
+    """Replace logits by exp(logit - most), in place, and return their sum. `most` is finite, or -inf if all are."""
+    total = np.float32(0.0)
+    if most == np.float32(-np.inf):
+        for j in range(logits.size):
+            if logits[j] != logits[j]:  # a maximum passes over NaN, which must be seen all the same
+                total = np.float32(np.nan)
+            logits[j] = np.float32(0.0)
+        return total
+    for j in range(logits.size):
+        weight = exp_of_nonpositive(logits[j] - most)
+        logits[j] = weight
+        total += weight
+    return total
+
+
+@jit
 def softmax_weights(logits: Any, sink: Any, has_sink: bool) -> Any:
     """Replace logits by exp(logit - max), in place; returns the sum, with the sink's share in it.
 
     All logits -inf (and no sink): weights and sum become 0.
     """
-    most = sink if has_sink else np.float32(-np.inf)
-    for j in range(logits.size):
-        most = max(most, logits[j])
-    if most == np.float32(-np.inf):
-        for j in range(logits.size):
-            logits[j] = np.float32(0.0)
-        return np.float32(0.0)
-    total = exp_of_nonpositive(sink - most) if has_sink else np.float32(0.0)
-    for j in range(logits.size):
-        weight = exp_of_nonpositive(logits[j] - most)
-        logits[j] = weight
-        total += weight
+    most = largest(logits, sink if has_sink else np.float32(-np.inf))
+    total = exp_below(logits, most)
+    if has_sink and most > np.float32(-np.inf):
+        total += exp_of_nonpositive(sink - most)
     return total
 
 

@@ -7,10 +7,11 @@ from collections.abc import Iterable
 
 import torch
 
-from .decode import append_worker_for, decode_worker_for
+from .decode import decode_worker_for, plan_worker
 from .fill_holes import worker_for as fill_holes_worker_for
 from .gather_regions import worker_for as gather_regions_worker_for
 from .mean_query_logits import worker_for as mean_query_logits_worker_for
+from .slot_write import worker_for as slot_write_worker_for
 from .stratified_victims import the_worker as stratified_victims_worker
 from .tokens_needed import the_worker as tokens_needed_worker
 from .window_mass import worker_for as window_mass_worker_for
@@ -32,11 +33,12 @@ def warm_up(dtypes: Iterable[torch.dtype] = (torch.float32,), head_sizes: Iterab
     del head_sizes
     for dtype in dtypes:
         decode_worker_for(dtype)
-        append_worker_for(dtype)
+        slot_write_worker_for(dtype)
         window_mass_worker_for(dtype)
         mean_query_logits_worker_for(dtype)
         fill_holes_worker_for(dtype)
         gather_regions_worker_for(dtype)
     stratified_victims_worker()
     tokens_needed_worker()
+    plan_worker()
     pool_worker()
