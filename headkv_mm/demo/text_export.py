@@ -131,8 +131,8 @@ def _forgetful(training: dict[str, Any]) -> str:
         return "Every token could see all tokens before it in the whole of training."
     return (
         f"In the last {training['forgetful_tokens'] / 1e6:.1f} M tokens, half of the batches were trained with dropout "
-        "of past entries: each KV head lost a random share of the document for the tokens of questions and answers, but never "
-        "the sentences that hold the answers. The model stands a compressed cache better for it."
+        "of past entries: each KV head lost a random share of the document for the tokens of questions and answers, "
+        "but never the sentences that hold the answers. The model stands a compressed cache better for it."
     )
 
 
@@ -176,9 +176,9 @@ The answer repeats the sentence that holds it. Facts have this form and no other
 
 From nothing, on documents generated on the fly: `python scripts/train_demo_text.py --output language`, {tokens:.1f} M
 tokens, {steps:,} steps, {minutes:.0f} minutes with {threads} CPU thread(s), seed {seed}. First repeated random
-segments, then documents of 128, 192, 256, 512, 1024 and 2048 tokens, each until the loss was small, then mixed lengths of 128 to
-2560 tokens; a third of the batches skipped positions, so that short rows taught long distances. One name ("warm river")
-in eight, chosen by a hash, was never trained on; the scores below are of documents with only such names.
+segments, then documents of 128, 192, 256, 512, 1024 and 2048 tokens, each until the loss was small, then mixed lengths
+of 128 to 2560 tokens; a third of the batches skipped positions, so that short rows taught long distances. One name
+("warm river") in eight, chosen by a hash, was never trained on; the scores below are of documents with only such names.
 
 {forgetful}
 

@@ -126,8 +126,9 @@ def _walk(rng: random.Random) -> str:
 
 
 def _handling(rng: random.Random) -> str:
+    # Without the actor, who would need "an".
     return (
-        f"A {rng.choice(words.PEOPLE)} {rng.choice(words.HANDLINGS)} the {rng.choice(words.THINGS)} "
+        f"A {rng.choice(words.PEOPLE[1:])} {rng.choice(words.HANDLINGS)} the {rng.choice(words.THINGS)} "
         f"near the {rng.choice(words.SPOTS)}."
     )
 

@@ -90,6 +90,20 @@ def _long_generation(rng: random.Random, words: int, held_out: bool) -> _Hay:
     return _hay([needle], needle.question)
 
 
+def _mixed(rng: random.Random, words: int, held_out: bool) -> _Hay:
+    """Facts of all kinds, one question about each kind and a second about a number."""
+    names = iter(draw_names(rng, 60, held_out))
+    count = min(16, _share(words, 12, 0.12, 2))
+    numbers = [make.number_needle(rng, next(names)) for _ in range(count)]
+    several = [make.values_needle(rng, next(names)) for _ in range(2)]
+    chains = [make.chain_needle(rng, next(names), next(names)) for _ in range(2)]
+    lists = [make.list_needle(rng, next(names)) for _ in range(2)]
+    route = make.route_needle(rng, [next(names) for _ in range(_share(min(words, 1024), 100, 1.0, 3))])
+    asked = [numbers[0], several[0], chains[0], lists[0], numbers[1], route]
+    joint = make.joint_question(numbers[-2:])
+    return _hay([*numbers, *several, *chains, *lists, route], *(needle.question for needle in asked), joint)
+
+
 _BUILDERS: dict[str, Callable[[random.Random, int, bool], _Hay]] = {
     "single": _single,
     "multi-key": _multi_key,
@@ -100,8 +114,9 @@ _BUILDERS: dict[str, Callable[[random.Random, int, bool], _Hay]] = {
     "frequent-words": _frequent_words,
     "two-turn": _two_turn,
     "long-generation": _long_generation,
+    "mixed": _mixed,
 }
-TASKS: tuple[str, ...] = tuple(_BUILDERS)
+TASKS: tuple[str, ...] = tuple(task for task in _BUILDERS if task != "mixed")  # "mixed" is for showing, not scoring
 DEPTH_TASKS: tuple[str, ...] = ("single", "multi-key")
 
 
@@ -125,10 +140,10 @@ def make_document(
     """Make a document of a given length.
 
     Args:
-        task: one of `TASKS`.
+        task: one of `TASKS`, or "mixed" for facts and questions of all kinds but frequent words.
         rng: source of randomness; equal states give equal documents.
-        length: tokens of the longest prompt (the last question, the right answers before it included). The prompt has
-            at most this many, and at least 32 or a twentieth (whichever is more) fewer.
+        length: tokens of the longest prompt, with the right answers to earlier questions. It has at most this many, and
+            not more than 32 or a twentieth (whichever is larger) fewer.
         count_tokens: the tokenizer's count for a text, special tokens included.
         depth: 0.0 puts what is asked for at the beginning, 1.0 at the end; None anywhere. For `DEPTH_TASKS` only.
         held_out: use names that the embedded model was not trained on.
@@ -149,20 +164,27 @@ def make_document(
         hay = _BUILDERS[task](rng, words, held_out)
         while True:
             document = _assemble(task, rng, hay, fillers, depth)
-            tokens = count_tokens(prompt_text(document, len(document.questions) - 1))
+            tokens = count_tokens(_longest_prompt(document))
             if tokens > length or tokens >= length - tolerance:
                 break
             per_filler = max(1.0, count_tokens(" ".join(fillers)) / len(fillers))
             fillers += [make.filler(rng) for _ in range(max(1, int((length - tokens - tolerance / 2) / per_filler)))]
         if tokens <= length:
             return document
-        needed = count_tokens(prompt_text(_assemble(task, rng, hay, [], None), len(document.questions) - 1))
+        needed = count_tokens(_longest_prompt(_assemble(task, rng, hay, [], None)))
         if needed > length - tolerance:
             words = int(words * min(0.9, length / needed * 0.9))
         if words < 8:
             break
         fillers = fillers[: int(len(fillers) * 0.8)] or [make.filler(rng)]
     raise ValueError(f"no {task} document of {length} tokens came out: ask for a longer one")
+
+
+def _longest_prompt(document: Document) -> str:
+    """The prompt of a second turn holds the first one; the questions of a mixed document are asked one by one."""
+    if document.task == "mixed":
+        return max((prompt_text(document, turn, []) for turn in range(len(document.questions))), key=len)
+    return prompt_text(document, len(document.questions) - 1)
 
 
 def _assemble(task: str, rng: random.Random, hay: _Hay, fillers: list[str], depth: float | None) -> Document:
