@@ -7,18 +7,43 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from headkv_mm.pipelines.answering import AnswerStream
+    from headkv_mm.pipelines.answers import Answer, DocumentReport
+    from headkv_mm.pipelines.document import Document
+    from headkv_mm.pipelines.document_qa import LongDocumentQAPipeline
     from headkv_mm.pipelines.factory import pipeline
     from headkv_mm.pipelines.outputs import GenerationReport, ImageOutput
+    from headkv_mm.pipelines.text_generation import KVTextGenerationPipeline
+    from headkv_mm.pipelines.text_reports import TextReport
     from headkv_mm.pipelines.text_to_image import TextToImagePipeline
 
 _HOMES = {
+    "Answer": "answers",
+    "AnswerStream": "answering",
+    "Document": "document",
+    "DocumentReport": "answers",
     "GenerationReport": "outputs",
     "ImageOutput": "outputs",
+    "KVTextGenerationPipeline": "text_generation",
+    "LongDocumentQAPipeline": "document_qa",
+    "TextReport": "text_reports",
     "TextToImagePipeline": "text_to_image",
     "pipeline": "factory",
 }
 
-__all__ = ["GenerationReport", "ImageOutput", "TextToImagePipeline", "pipeline"]
+__all__ = [
+    "Answer",
+    "AnswerStream",
+    "Document",
+    "DocumentReport",
+    "GenerationReport",
+    "ImageOutput",
+    "KVTextGenerationPipeline",
+    "LongDocumentQAPipeline",
+    "TextReport",
+    "TextToImagePipeline",
+    "pipeline",
+]
 
 
 def __getattr__(name: str) -> Any:

@@ -30,7 +30,7 @@ def run_report(
         settings: sampling settings.
     """
     reports: tuple[CacheReport, ...] = tuple(cache.report() for cache in caches if isinstance(cache, HeadKVCache))
-    stock = sum(_stock_bytes(cache) for cache in caches if not isinstance(cache, HeadKVCache))
+    stock = sum(stock_bytes(cache) for cache in caches if not isinstance(cache, HeadKVCache))
     first = reports[0] if reports else None
     return GenerationReport(
         method=FULL if first is None else first.method,
@@ -75,7 +75,7 @@ def kept_image_tokens(
     return kept
 
 
-def _stock_bytes(cache: Any) -> int:
+def stock_bytes(cache: Any) -> int:
     """Bytes of the keys and values in a transformers cache."""
     return sum(
         int(tensor.nbytes)

@@ -8,14 +8,15 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from headkv_mm.pipelines.kv_arguments import KVArguments
-from headkv_mm.pipelines.registration import TASK, register
+from headkv_mm.pipelines.registration import LONG_DOCUMENT_QA, TASK, register
 
 if TYPE_CHECKING:
     from transformers import Pipeline
 
     from headkv_mm.compression import Compression
 
-SERVED = (TASK,)
+TEXT_GENERATION = "text-generation"
+SERVED = (TASK, TEXT_GENERATION, LONG_DOCUMENT_QA)
 _LOADING = ("revision", "token", "trust_remote_code", "device_map", "dtype")
 
 
@@ -34,16 +35,19 @@ def pipeline(
     transformers unchanged, and asking for compression there is an error: it would be ignored.
 
     Args:
-        task: "text-to-image", or any task of transformers without compression.
+        task: "text-to-image", "text-generation", "long-document-question-answering", or any task of transformers
+            without compression.
         model: folder, name or loaded model; the embedded model if None. Without a `dtype`, weights saved in half
             precision become float32 on the CPU.
-        kv_compression: name of a method, such as "headkv"; see `headkv_mm.methods()`.
-        kv_budget: share of the image's entries kept per KV head, entries per KV head, or bytes as text.
+        kv_compression: name of a method, such as "headkv"; see `headkv_mm.methods()`. "none" for the full cache.
+        kv_budget: share of the entries kept per KV head (of the image's, or of the tokens seen), entries per KV head,
+            or bytes as text.
         kv_options: options of the method.
-        **arguments: of `transformers.pipeline`, and of `TextToImagePipeline`.
+        **arguments: of `transformers.pipeline`, and of the pipeline of the task.
 
     Returns:
-        A `TextToImagePipeline`, or what transformers gives for the other tasks.
+        A `TextToImagePipeline`, `KVTextGenerationPipeline` or `LongDocumentQAPipeline`, or what transformers gives for
+        the other tasks.
 
     Raises:
         ValueError: for compression on a task that is not served, bad compression arguments, or a model that cannot be
@@ -59,13 +63,10 @@ def pipeline(
                 "Use headkv_mm.compress(model, ...) around your own generate call instead"
             )
         return transformers.pipeline(task, model, **arguments)
-    return _text_to_image(model, kv, arguments)
+    return _text_to_image(model, kv, arguments) if task == TASK else _text(task, model, kv, arguments)
 
 
 def _text_to_image(model: Any, kv: KVArguments, arguments: dict[str, Any]) -> Pipeline:
-    import torch
-    import transformers
-
     from headkv_mm.pipelines.loading import load_image_model
     from headkv_mm.pipelines.models import adapter_class_for
     from headkv_mm.pipelines.text_to_image import TextToImagePipeline
@@ -76,21 +77,66 @@ def _text_to_image(model: Any, kv: KVArguments, arguments: dict[str, Any]) -> Pi
         from headkv_mm.demo import image_model_path
 
         model = image_model_path()
-    as_saved = False
+    as_saved = _is_as_saved(model, arguments)
     if isinstance(model, str | os.PathLike):
-        as_saved = arguments.get("dtype", "auto") == "auto" and "dtype" not in (arguments.get("model_kwargs") or {})
         folder = os.fspath(model)
-        loading: dict[str, Any] = {"dtype": "auto", **(arguments.pop("model_kwargs", None) or {})}
-        loading.update({name: arguments.pop(name) for name in _LOADING if name in arguments})
-        model = load_image_model(folder, **loading)
+        model = load_image_model(folder, **_loading(arguments))
         _add_processing(folder, adapter_class_for(model.config).needs_processor, arguments)
+    arguments.setdefault("pipeline_class", TextToImagePipeline)
+    return _assemble(TASK, model, kv, arguments, widen=as_saved)
+
+
+def _text(task: str, model: Any, kv: KVArguments, arguments: dict[str, Any]) -> Pipeline:
+    from headkv_mm.pipelines.loading import load_text_model, load_tokenizer
+
+    if kv.compression is not None or task == TEXT_GENERATION:  # question answering has a default compression
+        kv.resolve()  # a wrong name should not wait for a model to load
+    register()
+    if model is None:
+        from headkv_mm.demo import text_model_path
+
+        model = text_model_path()
+    as_saved = _is_as_saved(model, arguments)
+    if isinstance(model, str | os.PathLike):
+        folder, loading = os.fspath(model), _loading(arguments)
+        model = load_text_model(folder, **loading)
+        if arguments.get("tokenizer") is None:
+            hub = {name: loading[name] for name in ("revision", "token", "trust_remote_code") if name in loading}
+            arguments["tokenizer"] = load_tokenizer(folder, **hub)
+    pipeline_class: type[Pipeline]
+    if task == TEXT_GENERATION:
+        from headkv_mm.pipelines.text_generation import KVTextGenerationPipeline as pipeline_class
+    else:
+        from headkv_mm.pipelines.document_qa import LongDocumentQAPipeline as pipeline_class
+    arguments.setdefault("pipeline_class", pipeline_class)
+    return _assemble(task, model, kv, arguments, widen=as_saved)
+
+
+def _is_as_saved(model: Any, arguments: dict[str, Any]) -> bool:
+    """Whether the model comes from a folder in whatever precision it was saved."""
+    given = arguments.get("dtype", "auto") != "auto" or "dtype" in (arguments.get("model_kwargs") or {})
+    return isinstance(model, str | os.PathLike) and not given
+
+
+def _loading(arguments: dict[str, Any]) -> dict[str, Any]:
+    """Take what is for `from_pretrained` out of the arguments."""
+    loading: dict[str, Any] = {"dtype": "auto", **(arguments.pop("model_kwargs", None) or {})}
+    loading.update({name: arguments.pop(name) for name in _LOADING if name in arguments})
+    return loading
+
+
+def _assemble(task: str, model: Any, kv: KVArguments, arguments: dict[str, Any], *, widen: bool) -> Pipeline:
+    """The pipeline around a loaded model; `widen` makes half precision float32 on the CPU."""
+    import torch
+    import transformers
+
     if not isinstance(model, transformers.PreTrainedModel):
         raise TypeError(f"model must be a folder, a name or a transformers model, got {type(model).__name__}")
-    if kv.given:
-        arguments.update(kv_compression=kv.compression, kv_budget=kv.budget, kv_options=kv.options)
-    arguments.setdefault("pipeline_class", TextToImagePipeline)
-    pipe = transformers.pipeline(TASK, model, **arguments)
-    if as_saved and pipe.device.type == "cpu" and pipe.model.dtype in (torch.float16, torch.bfloat16):
+    # An explicit None would ask for the full cache.
+    said = {"kv_compression": kv.compression, "kv_budget": kv.budget, "kv_options": dict(kv.options) or None}
+    arguments.update({name: value for name, value in said.items() if value is not None})
+    pipe = transformers.pipeline(task, model, **arguments)
+    if widen and pipe.device.type == "cpu" and pipe.model.dtype in (torch.float16, torch.bfloat16):
         pipe.model.float()  # half precision is slower there than float32, and less exact
     return pipe
 

@@ -1,13 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Loading an image model with every weight in its place, or a one-line error."""
+"""Loading a model with every weight in its place, or a one-line error."""
 
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 
 def load_image_model(folder: str | os.PathLike[str], **load_arguments: Any) -> PreTrainedModel:
@@ -25,18 +26,76 @@ def load_image_model(folder: str | os.PathLike[str], **load_arguments: Any) -> P
             model.
         OSError: if there is no such folder or model.
     """
-    from safetensors import SafetensorError
-    from transformers import AutoConfig, AutoModelForMultimodalLM
+    from transformers import AutoModelForMultimodalLM
 
     from headkv_mm.llamagen import register
     from headkv_mm.pipelines.models import adapter_class_for
 
     register()
+    if os.path.isfile(os.path.join(os.fspath(folder), "model_index.json")):
+        raise ValueError(f"{os.fspath(folder)} is a diffusers folder: its model has no adapter here yet")
+    return _load(os.fspath(folder), AutoModelForMultimodalLM, adapter_class_for, load_arguments)
+
+
+def load_text_model(folder: str | os.PathLike[str], **load_arguments: Any) -> PreTrainedModel:
+    """Load a language model that generates text.
+
+    Args:
+        folder: a transformers folder, or the name of a model on the hub.
+        **load_arguments: for `from_pretrained`.
+
+    Returns:
+        The model, in evaluation mode.
+
+    Raises:
+        ValueError: if the configuration is of no language model, or the weights are unreadable, incomplete or of
+            another model.
+        OSError: if there is no such folder or model.
+    """
+    from transformers import AutoModelForCausalLM
+
+    return _load(os.fspath(folder), AutoModelForCausalLM, None, load_arguments, foreign_allowed=True)
+
+
+def load_tokenizer(folder: str | os.PathLike[str], **hub: Any) -> PreTrainedTokenizerBase:
+    """Load the tokenizer of a model's folder.
+
+    Args:
+        folder: a transformers folder, or the name of a model on the hub.
+        **hub: revision and token.
+
+    Raises:
+        ValueError: if there is none, or it cannot be read.
+    """
+    from transformers import AutoTokenizer
+
     name = os.fspath(folder)
+    try:
+        return AutoTokenizer.from_pretrained(name, **hub)
+    except Exception as error:  # the tokenizers library raises plain Exception for a broken file
+        raise ValueError(
+            f"{name} has no tokenizer that can be read ({first_line(error)}): put its tokenizer.json there, or pass "
+            "tokenizer=..."
+        ) from error
+
+
+def _load(
+    name: str,
+    auto_class: Any,
+    check: Callable[[Any], object] | None,
+    load_arguments: dict[str, Any],
+    *,
+    foreign_allowed: bool = False,
+) -> PreTrainedModel:
+    """The model of a folder, complete; `check` refuses configurations that are not served.
+
+    Published language models often carry tensors for other uses beside a complete model: `foreign_allowed`.
+    """
+    from safetensors import SafetensorError
+    from transformers import AutoConfig
+
     if not os.path.exists(name) and (os.path.isabs(name) or name.startswith(".") or name.count(os.sep) > 1):
         raise ValueError(f"{name}: no such folder")  # and no name of a model on the hub either
-    if os.path.isfile(os.path.join(name, "model_index.json")):
-        raise ValueError(f"{name} is a diffusers folder: its model has no adapter here yet")
     if os.path.isfile(name):
         raise ValueError(f"{name} is a file: give the folder with config.json and the weights")
     if os.path.isdir(name) and not os.path.isfile(os.path.join(name, "config.json")):
@@ -46,16 +105,15 @@ def load_image_model(folder: str | os.PathLike[str], **load_arguments: Any) -> P
         config = AutoConfig.from_pretrained(name, **hub)
     except (ValueError, TypeError) as error:
         raise ValueError(f"the configuration of {name} cannot be read: {first_line(error)}") from error
-    adapter_class_for(config)
+    if check is not None:
+        check(config)
     try:
-        model, info = AutoModelForMultimodalLM.from_pretrained(
-            name, config=config, output_loading_info=True, **load_arguments
-        )
+        model, info = auto_class.from_pretrained(name, config=config, output_loading_info=True, **load_arguments)
     except (SafetensorError, RuntimeError, ValueError, KeyError) as error:
         raise ValueError(f"the weights in {name} cannot be read: {first_line(error)}") from error
     missing = sorted(str(key) for key in (*info["missing_keys"], *info["mismatched_keys"]))
     foreign = sorted(str(key) for key in info["unexpected_keys"])
-    if missing or foreign:
+    if missing or (foreign and not foreign_allowed):
         what = f"{len(missing)} tensors are missing or of another size" if missing else ""
         more = f"{len(foreign)} belong to another model" if foreign else ""
         raise ValueError(

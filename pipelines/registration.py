@@ -1,23 +1,47 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Adds the task "text-to-image" to transformers, so that `transformers.pipeline` knows it."""
+"""Adds our tasks to transformers, so that `transformers.pipeline` knows them."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 TASK = "text-to-image"
+LONG_DOCUMENT_QA = "long-document-question-answering"
+_PARTS = ("impl", "pt", "default", "type")
 
 
-class TextToImageTask(Mapping[str, Any]):
-    """Our entry in transformers' table of tasks.
+class _Task(Mapping[str, Any]):
+    """An entry of ours in transformers' table of tasks.
 
     Class, models and default are looked up when they are asked for: the pipeline class needs `transformers.pipelines`
     complete, and a missing default model must not harm the other tasks.
     """
 
+    def _part(self, key: str) -> Any:
+        raise NotImplementedError
+
     def __getitem__(self, key: str) -> Any:
         """The entry's part: "impl", "pt", "default" or "type"."""
+        if key not in _PARTS:
+            raise KeyError(key)
+        return self._part(key)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(_PARTS)
+
+    def __len__(self) -> int:
+        return len(_PARTS)
+
+    def copy(self) -> dict[str, Any]:
+        """A plain dict with every part."""
+        return dict(self)
+
+
+class TextToImageTask(_Task):
+    """The entry for images."""
+
+    def _part(self, key: str) -> Any:
         if key == "impl":
             from headkv_mm.pipelines.text_to_image import TextToImagePipeline
 
@@ -30,29 +54,36 @@ class TextToImageTask(Mapping[str, Any]):
             from headkv_mm.demo import image_model_path
 
             return {"model": (str(image_model_path()), "main")}
-        if key == "type":
-            return "multimodal"
-        raise KeyError(key)
+        return "multimodal"
 
-    def __iter__(self) -> Iterator[str]:
-        return iter(("impl", "pt", "default", "type"))
 
-    def __len__(self) -> int:
-        return 4
+class LongDocumentQATask(_Task):
+    """The entry for questions about long documents."""
 
-    def copy(self) -> dict[str, Any]:
-        """A plain dict with every part."""
-        return dict(self)
+    def _part(self, key: str) -> Any:
+        if key == "impl":
+            from headkv_mm.pipelines.document_qa import LongDocumentQAPipeline
+
+            return LongDocumentQAPipeline
+        if key == "pt":
+            from transformers import AutoModelForCausalLM
+
+            return (AutoModelForCausalLM,)
+        if key == "default":
+            from headkv_mm.demo import text_model_path
+
+            return {"model": (str(text_model_path()), "main")}
+        return "text"
 
 
 def register() -> bool:
-    """Add our task to the table of transformers.
+    """Add our tasks to the table of transformers.
 
-    The entry is written directly: `register_pipeline` would mark the class as custom code, and a saved pipeline could
-    then only be loaded with `trust_remote_code=True`.
+    The entries are written directly: `register_pipeline` would mark the classes as custom code, and a saved pipeline
+    could then only be loaded with `trust_remote_code=True`.
 
     Returns:
-        Whether "text-to-image" is ours. A task of that name that somebody else has registered stays as it is;
+        Whether the tasks are ours. A task of one of these names that somebody else has registered stays as it is;
         `headkv_mm.pipeline` works all the same.
     """
     from transformers.pipelines import PIPELINE_REGISTRY
@@ -61,4 +92,6 @@ def register() -> bool:
 
     register_llamagen()  # the default model must load
     tasks = PIPELINE_REGISTRY.supported_tasks
-    return isinstance(tasks.setdefault(TASK, TextToImageTask()), TextToImageTask)
+    entries: dict[str, Callable[[], _Task]] = {TASK: TextToImageTask, LONG_DOCUMENT_QA: LongDocumentQATask}
+    found = [isinstance(tasks.setdefault(name, entry()), entry) for name, entry in entries.items()]  # type: ignore[arg-type]
+    return all(found)
