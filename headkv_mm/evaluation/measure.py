@@ -78,10 +78,10 @@ def label_stability(compression: Compression, full: FullCache, grid: ImageGrid) 
     Returns:
         A line per tau, the method's own among them; None for a method without head types.
     """
-    method = compression.resolve()
-    allocator, schedule = method.allocator, method.schedule
-    if not isinstance(allocator, HeadType) or schedule is None:
+    pieces = compression.pieces("image")
+    if pieces is None or not isinstance(pieces.allocator, HeadType):
         return None
+    allocator, schedule = pieces.allocator, pieces.schedule
     plan = image_plan(compression.budget, grid)
     taus = tuple(sorted({*labels.TAUS, allocator.tau}))
     early, late = full.tokens_needed(

@@ -47,9 +47,9 @@ class Runner:
         self.compressions = settings.compressions()
         for compression in self.compressions[1:]:
             plan = image_plan(compression.budget, grid)
-            schedule = compression.resolve().schedule
-            if schedule is not None and not plan.keeps_all:
-                schedule.first(plan)  # refuses a first eviction beyond the image
+            pieces = compression.pieces("image")
+            if pieces is not None and not plan.keeps_all:
+                pieces.schedule.first(plan)  # refuses a first eviction beyond the image
         self.shared = shared_settings(model, settings)
         self.parts: list[Batch] = list(batches(model, settings))
         self._progress = progress

@@ -80,7 +80,7 @@ class EvaluationSettings:
         Raises:
             ValueError: if the method cannot be told when to evict first.
         """
-        known = get_method(method).options
+        known = image_options(method)
         first = [name for name in FIRST_EVICTION_OPTIONS if name in known]
         if not first:
             raise ValueError(
@@ -97,9 +97,17 @@ class EvaluationSettings:
         for _, name, _ in self.options:
             if name in FIRST_EVICTION_OPTIONS:
                 raise ValueError(f"option {name!r} is the same for all methods: set it with first_eviction_rows")
-        check_asked_options(
-            self.options, {method: get_method(method).options for method in self.methods if method != FULL}
-        )
+        check_asked_options(self.options, {method: image_options(method) for method in self.methods if method != FULL})
+
+
+def image_options(method: str) -> dict[str, Any]:
+    """Options of a method for images, with their defaults.
+
+    Raises:
+        ValueError: if the method is unknown or does not serve images.
+    """
+    pieces = get_method(method).pieces("image")
+    return {} if pieces is None else pieces.options
 
 
 def run_name(compression: Compression) -> str:

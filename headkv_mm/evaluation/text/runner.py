@@ -148,6 +148,7 @@ def open_text_model(folder: str | None, device: str | None) -> tuple[Any, Any]:
         tokenizer = AutoTokenizer.from_pretrained(name)
         dtype = torch.float32 if where.type == "cpu" else "auto"
         model = AutoModelForCausalLM.from_pretrained(name, dtype=dtype)
-    except OSError as error:
-        raise ValueError(f"{name} holds no language model with its tokenizer: {error}") from error
+    except (OSError, ValueError) as error:
+        reason = str(error).strip().partition("\n")[0]
+        raise ValueError(f"{name} holds no language model with its tokenizer: {reason}") from error
     return model.to(where).eval(), tokenizer
