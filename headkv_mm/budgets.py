@@ -4,10 +4,11 @@
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from fractions import Fraction
 
 from .image_grid import ImageGrid
+from .plan import LayerPlace, Plan
 
 Budget = float | int | str
 """A fraction in (0, 1], entries per KV head, or bytes such as "512MiB"."""
@@ -72,7 +73,7 @@ def budget_bytes(text: str) -> int:
 
 
 @dataclass(frozen=True)
-class ImagePlan:
+class ImagePlan(Plan):
     """How many entries a head keeps while one image is written.
 
     Attributes:
@@ -81,17 +82,24 @@ class ImagePlan:
             keeps.
         budget: image entries kept per KV head right after an eviction, on the average over the heads of a layer.
         start: generated tokens that count as condition.
+        place: the layer.
     """
 
     tokens: int
     row: int
     budget: int
     start: int = 0
+    place: LayerPlace = field(default_factory=LayerPlace)
 
     @property
     def keeps_all(self) -> bool:
         """True if nothing ever has to leave: the cache is then a stock cache."""
         return self.budget >= self.tokens
+
+    @property
+    def step(self) -> int:
+        """One raster row."""
+        return self.row
 
     @property
     def smallest_window(self) -> int:
@@ -105,6 +113,14 @@ class ImagePlan:
         rows) two rows are exactly two rows.
         """
         return max(self.smallest_window, min(round(rows * self.row), 2 * self.budget // 3))
+
+    def window_of(self, budget: int, *, tokens: int, rows: float) -> int:
+        """`window`, never more than the budget."""
+        return min(self.window(rows), budget)
+
+    def limit(self, seen: int) -> int:
+        """The image's tokens."""
+        return self.tokens
 
 
 @dataclass(frozen=True)
@@ -126,13 +142,16 @@ class StorageCost:
         return self.fixed + (self.condition + entries + row) * self.per_entry
 
 
-def image_plan(budget: Budget, grid: ImageGrid, cost: StorageCost | None = None) -> ImagePlan:
+def image_plan(
+    budget: Budget, grid: ImageGrid, cost: StorageCost | None = None, place: LayerPlace | None = None
+) -> ImagePlan:
     """Turn a budget into entries per KV head.
 
     Args:
         budget: see `Budget`.
         grid: where the image lies.
         cost: what entries cost; needed for a budget in bytes only.
+        place: the layer.
 
     Raises:
         ValueError: if the budget is below one row and two tokens.
@@ -145,7 +164,13 @@ def image_plan(budget: Budget, grid: ImageGrid, cost: StorageCost | None = None)
         entries = round(budget * grid.tokens)
     else:
         entries = budget
-    plan = ImagePlan(tokens=grid.tokens, row=grid.row_stride, budget=min(entries, grid.tokens), start=grid.start)
+    plan = ImagePlan(
+        tokens=grid.tokens,
+        row=grid.row_stride,
+        budget=min(entries, grid.tokens),
+        start=grid.start,
+        place=place or LayerPlace(),
+    )
     smallest = min(plan.smallest_window, plan.tokens)
     if plan.budget < smallest:
         if cost is not None and isinstance(budget, str):

@@ -3,6 +3,10 @@
 
 from __future__ import annotations
 
+import os
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from copy import copy, deepcopy
 from typing import Any
 
 from torch import Tensor
@@ -15,6 +19,7 @@ from .compression import Compression
 from .image_grid import ImageGrid
 from .layer import HeadKVLayer
 from .memory import CacheReport
+from .plan import LayerPlace
 
 
 class HeadKVCache(Cache):
@@ -28,12 +33,12 @@ class HeadKVCache(Cache):
         model_or_config: the model, or its configuration.
         compression: a method name, a dict, a `Compression`, or None for the stock behaviour.
         budget: replaces the compression's budget.
-        image_grid: where the image lies; by default what the configuration states.
+        image_grid: where the image lies; by default what the configuration states. Without one it is a text's cache.
         options: options of the method.
 
     Raises:
         ValueError: for an unknown method, option or budget; a budget too small for the image; a model whose attention
-            cannot be compressed; or an image method without an image grid.
+            cannot be compressed; or a method that does not serve images, or texts.
     """
 
     def __init__(
@@ -49,13 +54,18 @@ class HeadKVCache(Cache):
         text_config = config.get_text_config(decoder=True)
         self.compression = Compression.parse(compression, budget=budget, **options)
         self.image_grid = image_grid or ImageGrid.from_config(config)
-        method = self.compression.resolve()
+        self.extra: dict[str, Any] = {}
+        """Whatever the owner wants to keep with the cache, as JSON types; see `save`."""
         check_supported(text_config)
-        if method.compresses and self.image_grid is None:
-            raise ValueError(
-                f"method {method.name!r} compresses images and {type(config).__name__} states no image grid; "
-                "pass image_grid=ImageGrid(height, width)"
-            )
+        try:
+            pieces = self.compression.pieces("text" if self.image_grid is None else "image")
+        except ValueError as error:
+            if self.image_grid is None and "image" in self.compression.resolve().kinds:
+                raise ValueError(
+                    f"{error}. {type(config).__name__} states no image grid; for an image pass "
+                    "image_grid=ImageGrid(height, width)"
+                ) from None
+            raise
         layers = DynamicCache(config=text_config).layers
         compressed = [type(layer) is DynamicLayer for layer in layers]
         if not any(compressed):
@@ -67,10 +77,78 @@ class HeadKVCache(Cache):
             text_config._attn_implementation = implementation_over(text_config._attn_implementation)
         super().__init__(
             layers=[
-                HeadKVLayer(method, self.compression.budget, self.image_grid, sum(compressed)) if ours else layer
-                for layer, ours in zip(layers, compressed, strict=True)
+                HeadKVLayer(
+                    pieces,
+                    self.compression.budget,
+                    self.image_grid,
+                    LayerPlace(sum(compressed[:index]), sum(compressed)),
+                )
+                if compressed[index]
+                else layer
+                for index, layer in enumerate(layers)
             ]
         )
+
+    @contextmanager
+    def reading(self) -> Iterator[None]:
+        """Inside, every forward is a chunk of one prompt: all of it is held, and compressed once on exit.
+
+            with cache.reading():
+                for chunk in ids.split(1024, dim=1):
+                    model(chunk, past_key_values=cache)
+
+        Without it every chunk is compressed before the next one comes, which needs less memory and knows less. If an
+        error leaves the block, the cache is reset.
+
+        Raises:
+            ValueError: if the cache holds tokens already.
+        """
+        for layer in self.compressed_layers:
+            layer.begin_reading()
+        try:
+            yield
+        except BaseException:
+            self.reset()
+            raise
+        for layer in self.compressed_layers:
+            layer.end_reading()
+
+    def copy(self, *, evict: bool = True) -> HeadKVCache:
+        """An independent cache with the same content.
+
+        Args:
+            evict: False: nothing ever leaves the copy; it grows by what is appended. So a question can be asked on a
+                document without changing what is kept of it.
+        """
+        twin = copy(self)
+        twin.extra = dict(self.extra)
+        twin.layers = [
+            layer.copy(evicts=evict) if isinstance(layer, HeadKVLayer) else deepcopy(layer) for layer in self.layers
+        ]
+        return twin
+
+    def save(self, path: str | os.PathLike[str], model: Any, *, extra: Mapping[str, Any] | None = None) -> None:
+        """Write the cache to one safetensors file, atomically; see `headkv_mm.saved_cache`.
+
+        Args:
+            path: file to write.
+            model: the model that filled it; the file is refused for another one.
+            extra: JSON data to keep beside it, in place of `self.extra`.
+        """
+        from .saved_cache import save_cache
+
+        save_cache(self, path, model, extra=self.extra if extra is None else extra)
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str], model: Any) -> HeadKVCache:
+        """Read a saved cache onto the model's device.
+
+        Raises:
+            ValueError: if the file is damaged, edited, of another format, or was filled by another model.
+        """
+        from .saved_cache import load_cache
+
+        return load_cache(path, model)
 
     @property
     def compressed_layers(self) -> list[HeadKVLayer]:
@@ -91,10 +169,11 @@ class HeadKVCache(Cache):
 
     @property
     def nbytes_peak(self) -> int:
-        """The sum over layers of the most bytes that each ever held."""
-        return sum(
+        """The sum over layers of the most bytes that each ever held, and one layer's dense prompt while it chose."""
+        held = sum(
             layer.nbytes_peak if isinstance(layer, HeadKVLayer) else _stock_nbytes(layer) for layer in self.layers
         )
+        return max(held + max((layer.nbytes_dense for layer in self.compressed_layers), default=0), self.nbytes)
 
     def kept_positions(self, layer: int) -> list[list[Tensor]]:
         """Positions that a layer keeps, counted from the first real token of each row.

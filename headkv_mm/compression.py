@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from .budgets import Budget, check_budget
-from .registry import Method, get_method
+from .registry import Method, Pieces, get_method
 
 DEFAULT_BUDGET = 1 / 6
 
@@ -19,9 +19,9 @@ class Compression:
 
     Attributes:
         method: a registered name, see `headkv_mm.methods()`.
-        budget: a fraction in (0, 1] of the entries that a full cache would hold at the end; a whole number of entries
-            per KV head, window included; or bytes as text ("512MiB"). Image condition tokens are always kept and come
-            on top.
+        budget: a fraction in (0, 1] of the entries that a full cache would hold; a whole number of entries per KV
+            head, window included; or bytes as text ("512MiB"). Of an image the condition tokens are always kept and
+            come on top; of a text everything counts, and a fraction grows with it.
         options: what differs from the method's defaults, as sorted (name, value) pairs.
 
     Raises:
@@ -44,6 +44,22 @@ class Compression:
     def resolve(self) -> Method:
         """The method with the options set."""
         return get_method(self.method).with_options(self.kwargs)
+
+    def pieces(self, kind: str) -> Pieces | None:
+        """The method's pieces for "image" or "text", options set; None for the stock cache.
+
+        Raises:
+            ValueError: if the method does not serve that kind, or an option is for the other kind only.
+        """
+        pieces = self.resolve().pieces(kind)
+        if pieces is not None:
+            foreign = sorted(set(self.kwargs) - set(pieces.options) - {"scorer", "allocator", "selector", "schedule"})
+            if foreign:
+                raise ValueError(
+                    f"option {', '.join(map(repr, foreign))} of method {self.method!r} does not serve {kind}; "
+                    f"its options there are: {', '.join(sorted(pieces.options))}"
+                )
+        return pieces
 
     @property
     def kwargs(self) -> dict[str, Any]:

@@ -9,20 +9,27 @@ are known.
 from __future__ import annotations
 
 from collections.abc import Callable
+from copy import copy, deepcopy
 from typing import Any
 
 import torch
 from torch import Tensor
 from transformers.cache_utils import CacheLayerMixin
 
-from .budgets import Budget, ImagePlan, image_plan
+from .budgets import Budget, ImagePlan, StorageCost, image_plan
 from .chunk import visible_columns
 from .compressor import LayerCompressor
+from .image_compressor import ImageCompressor
 from .image_grid import ImageGrid
+from .layer_state import LayerState
 from .memory import storage_cost
 from .pieces import Allocation
+from .plan import LayerPlace, Plan
+from .prompt import Prompt, Reading
 from .ragged import RaggedKV
-from .registry import Method
+from .registry import Pieces
+from .text_compressor import TextCompressor
+from .text_plan import TextPlan, text_plan
 
 LAYER_ATTRIBUTE = "_headkv_layer"
 """Attribute of the key tensor that `update` returns; it leads the attention function to the layer."""
@@ -42,10 +49,10 @@ class HeadKVLayer(CacheLayerMixin):
     While nothing ever has to leave (method "none", or a budget of everything) it is a stock layer, bit for bit.
 
     Args:
-        method: the resolved method.
-        budget: entries per head, see `headkv_mm.budgets`.
-        grid: where the image lies; None only for methods that do not compress.
-        layers: compressed layers of the model, to divide a budget in bytes.
+        pieces: of the method; None for the stock cache.
+        budget: see `headkv_mm.budgets`.
+        grid: where the image lies; None for a text.
+        place: which of the model's compressed layers this is.
     """
 
     is_sliding = False
@@ -53,9 +60,9 @@ class HeadKVLayer(CacheLayerMixin):
     is_croppable = False
     supports_early_init = False
 
-    def __init__(self, method: Method, budget: Budget, grid: ImageGrid | None, layers: int) -> None:
+    def __init__(self, pieces: Pieces | None, budget: Budget, grid: ImageGrid | None, place: LayerPlace) -> None:
         super().__init__()
-        self.method, self.budget, self.grid, self.layers = method, budget, grid, layers
+        self.pieces, self.budget, self.grid, self.place = pieces, budget, grid, place
         self._clear()
 
     def _clear(self) -> None:
@@ -67,21 +74,38 @@ class HeadKVLayer(CacheLayerMixin):
         """Tokens seen, padding included: what transformers asks for."""
         self.padding: Tensor | None = None
         """[B] int32, padding columns of each row; None without padding."""
-        self.plan: ImagePlan | None = None
+        self.plan: Plan | None = None
         """None until known: a budget in bytes is divided when the batch is seen."""
-        if self.grid is not None and self.method.compresses and not isinstance(self.budget, str):
-            self._set_plan(image_plan(self.budget, self.grid))
+        if self.pieces is not None and not isinstance(self.budget, str):
+            self._set_plan(self._make_plan(self.pieces))
         self._pending: tuple[Tensor, Tensor] | None = None
+        self._reading: Reading | None = None
+        self._dense_bytes = 0
+        self._read_bytes = 0
 
-    def _set_plan(self, plan: ImagePlan) -> None:
-        if self.method.schedule is not None and not plan.keeps_all:
-            self.method.schedule.first(plan)  # refuses a first eviction beyond the image
+    def _make_plan(self, pieces: Pieces, cost: StorageCost | None = None) -> Plan:
+        if self.grid is not None:
+            return image_plan(self.budget, self.grid, cost, self.place)
+        return self._text_plan(pieces, self.budget, cost)
+
+    def _text_plan(self, pieces: Pieces, budget: Budget, cost: StorageCost | None = None) -> TextPlan:
+        return text_plan(
+            budget,
+            interval=getattr(pieces.schedule, "interval", None),
+            sinks=getattr(pieces.selector, "sinks", 0),
+            place=self.place,
+            cost=cost,
+        )
+
+    def _set_plan(self, plan: Plan) -> None:
+        if self.pieces is not None and not plan.keeps_all:
+            self.pieces.schedule.first(plan)  # refuses a first eviction beyond the image
         self.plan = plan
 
     @property
     def keeps_all(self) -> bool:
         """True if this layer is a stock layer: nothing ever leaves."""
-        return not self.method.compresses or (self.plan is not None and self.plan.keeps_all)
+        return self.pieces is None or (self.plan is not None and self.plan.keeps_all)
 
     @property
     def store(self) -> RaggedKV | None:
@@ -117,7 +141,7 @@ class HeadKVLayer(CacheLayerMixin):
                 "or batch_repeat_interleave to repeat its rows"
             )
         self.seen += key_states.shape[-2]
-        if self.keeps_all:
+        if self.keeps_all or self._reading is not None:
             key_states, value_states = self._append_dense(key_states, value_states)
         else:
             self._pending = (key_states, value_states)
@@ -233,6 +257,10 @@ class HeadKVLayer(CacheLayerMixin):
         self._note_padding(visible)
         if self.keeps_all:
             return stock()
+        if self._reading is not None:
+            needed = 1 if self.pieces is None or self.plan is None else self._prompt_queries(self.pieces, self.plan)
+            self._reading.note(Prompt(query, scale, softcap, sinks), visible, needed)
+            return stock()
         if torch.is_grad_enabled() and query.requires_grad:
             raise RuntimeError("a compressed cache is for inference; run the model under torch.no_grad()")
         if self._pending is None:
@@ -240,7 +268,7 @@ class HeadKVLayer(CacheLayerMixin):
         (keys, values), self._pending = self._pending, None
         if self.compressor is None:
             output = stock()
-            self._start(keys, values, visible, query.shape[1])
+            self._start(keys, values, visible, Prompt(query, scale, softcap, sinks))
             return output
         if not prefill:
             return self.compressor.decode(query, keys, values, scale=scale, softcap=softcap, sinks=sinks), None
@@ -248,30 +276,114 @@ class HeadKVLayer(CacheLayerMixin):
             visible = torch.ones(keys.shape[0], tokens, dtype=torch.bool, device=keys.device)
         return self.compressor.append(query, keys, values, visible, scale=scale, softcap=softcap, sinks=sinks), None
 
-    def _start(self, keys: Tensor, values: Tensor, visible: Tensor | None, query_heads: int) -> None:
+    def begin_reading(self) -> None:
+        """Keep everything until `end_reading`: the chunks to come are one prompt.
+
+        Raises:
+            ValueError: if the layer holds entries already.
+        """
+        if self.seen:
+            raise ValueError(f"the cache has seen {self.seen} tokens already; read into a new cache, or reset this one")
+        if not self.keeps_all and self.pieces is not None:
+            self._reading = Reading()
+
+    def end_reading(self) -> None:
+        """Compress what was read."""
+        reading, self._reading = self._reading, None
+        if reading is None or self.keys is None or self.values is None or reading.prompt is None:
+            return
+        keys, values = self.keys, self.values
+        self.keys = self.values = None
+        self._read_bytes = keys.nbytes + values.nbytes
+        self._start(keys, values, reading.visible, reading.prompt)
+
+    def _start(self, keys: Tensor, values: Tensor, visible: Tensor | None, prompt: Prompt) -> None:
         """Hand the prompt to a compressor, or keep it as a stock layer if a budget in bytes turns out to hold all."""
-        batch, heads, tokens, head_dim = keys.shape
+        batch, _, tokens, _ = keys.shape
         if visible is None:
             visible = torch.ones(batch, tokens, dtype=torch.bool, device=keys.device)
             row_prompt = [tokens] * batch
         else:
             row_prompt = visible.sum(-1).tolist()
-        if self.plan is None and self.grid is not None:
-            cost = storage_cost(
-                self.method,
-                layers=self.layers,
-                rows=batch,
-                heads=query_heads,
-                kv_heads=heads,
-                head_dim=head_dim,
-                itemsize=keys.element_size(),
-                condition=max(row_prompt) + self.grid.start,
-            )
-            self._set_plan(image_plan(self.budget, self.grid, cost))
-        if self.plan is None or self.keeps_all:
+        if self.plan is None and self.pieces is not None:
+            self._divide_bytes(self.pieces, keys, prompt.query.shape[1], max(row_prompt))
+        if self.plan is None or self.pieces is None or self.plan.keeps_all:
             self._append_dense(keys, values)
-        else:
-            self.compressor = LayerCompressor(self.method, self.plan, keys, values, visible, row_prompt)
+        elif isinstance(self.plan, ImagePlan):
+            self.compressor = ImageCompressor(self.pieces, self.plan, keys, values, visible, row_prompt)
+        elif isinstance(self.plan, TextPlan):
+            if not bool(visible[:, -1].all()) or bool((visible[:, 1:] < visible[:, :-1]).any()):
+                # Padding between or after tokens: bring it to the left.
+                order = visible.int().argsort(dim=-1, stable=True)  # [B, T]
+                keys, values = (x.take_along_dim(order[:, None, :, None], 2) for x in (keys, values))
+                prompt = prompt.reordered(order)
+            self._dense_bytes = keys.nbytes + values.nbytes
+            padding = (~visible).sum(-1, dtype=torch.int32)
+            self.compressor = TextCompressor(
+                self.pieces, self.plan, keys, values, padding, row_prompt, prompt.asked(tokens, padding)
+            )
+
+    def _divide_bytes(self, pieces: Pieces, keys: Tensor, query_heads: int, longest: int) -> None:
+        cost = storage_cost(
+            pieces,
+            layers=self.place.count,
+            rows=keys.shape[0],
+            heads=query_heads,
+            kv_heads=keys.shape[1],
+            head_dim=keys.shape[-1],
+            itemsize=keys.element_size(),
+            condition=0 if self.grid is None else longest + self.grid.start,
+        )
+        self._set_plan(self._make_plan(pieces, cost))
+
+    def _prompt_queries(self, pieces: Pieces, plan: Plan) -> int:
+        """How many of a prompt's last queries the decision at its end looks at."""
+        return max(pieces.scorer.queries_needed(plan, decoding=False), pieces.allocator.queries_needed(plan), 1)
+
+    def copy(self, *, evicts: bool) -> HeadKVLayer:
+        """An independent layer with the same content; with `evicts=False` nothing ever leaves it."""
+        twin = copy(self)
+        for name in ("keys", "values", "padding"):
+            tensor = getattr(self, name)
+            setattr(twin, name, None if tensor is None else tensor.clone())
+        if isinstance(self.compressor, TextCompressor):
+            twin.compressor = self.compressor.copy(evicts=evicts)
+        elif self.compressor is not None:
+            twin.compressor = deepcopy(self.compressor)
+        return twin
+
+    def state(self) -> LayerState:
+        """The content of a text's layer."""
+        dense = {"keys": self.keys, "values": self.values}
+        held = self.compressor.state() if isinstance(self.compressor, TextCompressor) else LayerState({}, {})
+        tensors = {f"dense.{name}": tensor for name, tensor in dense.items() if tensor is not None}
+        if self.padding is not None:
+            tensors["padding"] = self.padding
+        budget = self.plan.budget if isinstance(self.plan, TextPlan) else None
+        numbers = {"seen": self.seen, "budget": budget, "compressor": held.numbers or None}
+        return LayerState({**tensors, **{f"held.{name}": tensor for name, tensor in held.tensors.items()}}, numbers)
+
+    def restore(self, state: LayerState) -> None:
+        """Take over the content that `state` holds.
+
+        Raises:
+            ValueError: if something is missing in it.
+        """
+        tensors, numbers = state.tensors, state.numbers
+        try:
+            self.seen, self.padding = numbers["seen"], tensors.get("padding")
+            self.keys, self.values = tensors.get("dense.keys"), tensors.get("dense.values")
+            held = {name.removeprefix("held."): t for name, t in tensors.items() if name.startswith("held.")}
+            some = tensors["dense.keys"] if "dense.keys" in tensors else held["keys"]
+            self.lazy_initialization(some, some)
+            if self.pieces is not None and numbers["budget"] is not None:
+                self._set_plan(self._text_plan(self.pieces, numbers["budget"]))
+            if numbers["compressor"] is not None and self.pieces is not None and isinstance(self.plan, TextPlan):
+                self.compressor = TextCompressor.restored(
+                    self.pieces, self.plan, LayerState(held, numbers["compressor"])
+                )
+        except (KeyError, TypeError) as error:
+            raise ValueError(f"the saved cache lacks a part of a layer ({error}); read the document again") from error
 
     def _append_dense(self, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
         # Exactly what a stock layer does, also at the first call, so that results are the same bit for bit.
@@ -302,8 +414,14 @@ class HeadKVLayer(CacheLayerMixin):
 
     @property
     def nbytes_peak(self) -> int:
-        """The most bytes that this layer held since it was reset."""
-        return self.nbytes if self.compressor is None else max(self.compressor.nbytes_peak, self.nbytes)
+        """The most bytes that this layer held between two forwards since it was reset."""
+        chosen = 0 if self.compressor is None else self.compressor.nbytes_peak
+        return max(chosen, self.nbytes, self._read_bytes)
+
+    @property
+    def nbytes_dense(self) -> int:
+        """Bytes of the prompt's dense keys and values, which this layer held while it chose among them."""
+        return self._dense_bytes
 
     @property
     def nbytes_full(self) -> int:

@@ -8,13 +8,16 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from .budgets import Budget, StorageCost, image_plan
+from .budgets import Budget, ImagePlan, StorageCost, image_plan
 from .compression import Compression
 from .image_grid import ImageGrid
-from .registry import Method
+from .registry import Pieces
 
 if TYPE_CHECKING:
     from .cache import HeadKVCache
+
+_ANY_PLAN = ImagePlan(tokens=2, row=1, budget=1)
+"""Whether a scorer looks at attention does not depend on the plan, only how far back."""
 
 HeadTable = list[list[list[int]]]
 """Numbers by layer, row and KV head."""
@@ -97,7 +100,7 @@ class CacheReport:
 
 
 def storage_cost(
-    method: Method,
+    pieces: Pieces,
     *,
     layers: int,
     rows: int,
@@ -110,20 +113,20 @@ def storage_cost(
     """What the entries of a method cost in a model, bookkeeping included.
 
     Args:
-        method: says which scores are kept.
+        pieces: say which scores are kept.
         layers: compressed layers.
         rows: rows of the batch.
         heads, kv_heads, head_dim: H, G, D.
         itemsize: bytes of one number of the cache.
         condition: condition tokens of the longest row.
     """
-    scorer = method.scorer
+    scorer = pieces.scorer
     per_slot = 2 * head_dim * itemsize + 4  # keys, values, position
     per_row = 3 * 4  # condition, tokens seen, padding
     per_region = 5 * 4 + 1  # start, length, capacity, target, window, type
-    if scorer is not None and scorer.needs_attention:
+    if scorer.attention_window(_ANY_PLAN) > 0:
         per_slot += 4
-    if scorer is not None and scorer.needs_mean_query:
+    if scorer.needs_mean_query:
         per_row += heads * head_dim * 4
     return StorageCost(
         per_entry=layers * rows * kv_heads * per_slot,
@@ -189,10 +192,10 @@ def plan_memory(
     per_entry = 2 * rows * text.num_hidden_layers * kv_heads * head_dim * itemsize
     full = condition + grid.start + grid.tokens
     entries = full
-    method = parsed.resolve()
-    if method.compresses:
+    pieces = parsed.pieces("image")
+    if pieces is not None:
         cost = storage_cost(
-            method,
+            pieces,
             layers=text.num_hidden_layers,
             rows=rows,
             heads=text.num_attention_heads,

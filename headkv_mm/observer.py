@@ -6,14 +6,12 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .budgets import ImagePlan
-
 
 class Observer:
     """A running sum of queries for the scorer, and the last queries for the allocator.
 
-    Both are taken only when they can still matter: during the row before a decision, and the last queries only before
-    the heads are grouped.
+    Both are taken only when they can still matter: during the step before a decision, and the last queries only where
+    somebody asks for them.
     """
 
     def __init__(self) -> None:
@@ -40,9 +38,9 @@ class Observer:
     def watch(
         self,
         query: Tensor,
-        plan: ImagePlan,
         *,
-        until_first: int,
+        step: int,
+        until_due: int,
         mean: bool,
         last: int,
         visible: Tensor | None = None,
@@ -51,8 +49,8 @@ class Observer:
 
         Args:
             query: [B, H, T, D].
-            plan: budget and row.
-            until_first: tokens left until the first decision, after these.
+            step: tokens between two decisions.
+            until_due: tokens left until the next decision, after these.
             mean: the mean query is needed.
             last: how many of the last queries are needed.
             visible: [B, T] bool, False for padding; None if there is none.
@@ -62,12 +60,12 @@ class Observer:
         """
         before = len(self.tensors)
         tokens = query.shape[2]
-        if mean and until_first < plan.row:
+        if mean and until_due < step:
             seen = query if visible is None else query * visible[:, None, :, None]
             total = (seen[:, :, 0] if tokens == 1 else seen.sum(2)).float()
             self._sum = total.clone() if self._sum is None else self._sum.add_(total)
             self._count += tokens
-        if last and until_first < last:
+        if last and until_due < last:
             self._remember(query.transpose(1, 2), last)
         return len(self.tensors) > before
 
@@ -89,6 +87,14 @@ class Observer:
             self._sum.zero_()
         self._count = 0
         self._last, self._filled = None, 0
+
+    def copy(self) -> Observer:
+        """The same content with tensors of its own."""
+        twin = Observer()
+        twin._sum = None if self._sum is None else self._sum.clone()
+        twin._last = None if self._last is None else self._last.clone()
+        twin._count, twin._filled = self._count, self._filled
+        return twin
 
     def select_rows(self, rows: Tensor) -> None:
         """Take, repeat or reorder rows; `rows` is [B'] int64."""

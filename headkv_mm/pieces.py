@@ -2,18 +2,21 @@
 """The four pieces of a method: scorer, allocator, selector and schedule.
 
 A method is a composition of four small frozen dataclasses. Their fields are the method's options. They are pure: they
-look at what a layer observed and return tensors; the cache does the moving. Nothing here may read the device from the
-host while tokens are decoded, except an allocator, which runs once per image.
+look at what a layer observed and return tensors; the cache does the moving. The same pieces serve images and texts;
+what differs between the two is in the plan. Nothing here may read the device from the host while tokens are decoded,
+except an allocator, which runs once per row.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
+import torch
 from torch import Tensor
 
-from .budgets import ImagePlan
+from .plan import Plan
 from .ragged import RaggedKV
 
 
@@ -22,25 +25,50 @@ class Observed:
     """What a layer knows when it has to decide.
 
     Attributes:
-        store: keys, values, positions, lengths.
-        plan: budget and row.
-        condition: [B] int32, condition tokens of each row; they hold the positions below this number.
+        store: keys, values, positions, lengths. At the end of a prompt these are views of the whole prompt.
+        plan: when and how much.
+        condition: [B] int32, entries that always stay: positions below this number (an image's condition, or sinks).
         seen: [B] int32, real tokens of each row so far, so the newest position is `seen - 1`.
         scale: multiplies q.k.
+        row_budgets: entries per KV head, after the condition, that each row keeps on the average; on the host.
+        row_seen: `seen` on the host.
         mean_query: [B, H, D] float32, mean of the queries since the last eviction, if the scorer needs it.
-        queries: [B, Q, H, D], the last queries in order, if the allocator needs them.
-        attention: [N] float32, attention that each slot got since the last eviction, summed over queries and group, if
-            the scorer needs it.
+        queries: [B, Q, H, D], the last queries in order, as many as scorer and allocator ask for, or fewer if there are
+            no more.
+        query_positions: [B, Q] int32, their positions; -1 for padding.
+        attention: [N] float32, attention that each slot got from the last decoded queries (or from all, for scorers
+            that accumulate), summed over queries and group; None at the end of a prompt.
+        softcap: of the attention's logits, 0 for none.
+        sinks: [H], learned logits in the softmax's denominator, or None.
     """
 
     store: RaggedKV
-    plan: ImagePlan
+    plan: Plan
     condition: Tensor
     seen: Tensor
     scale: float
+    row_budgets: Sequence[int] = ()
+    row_seen: Sequence[int] = ()
     mean_query: Tensor | None = None
     queries: Tensor | None = None
+    query_positions: Tensor | None = None
     attention: Tensor | None = None
+    softcap: float = 0.0
+    sinks: Tensor | None = None
+
+    def per_row(self, numbers: Sequence[int]) -> Tensor:
+        """Host numbers, one per row, as [B, 1] int32 on the layer's device."""
+        return torch.tensor(numbers, dtype=torch.int32, device=self.seen.device)[:, None]
+
+    def last_queries(self, count: int) -> tuple[Tensor, Tensor]:
+        """The last `count` queries [B, Q, H, D] and their positions [B, Q], or all if there are fewer.
+
+        Raises:
+            RuntimeError: if the layer kept none: the piece must ask for them in `queries_needed`.
+        """
+        if self.queries is None or self.query_positions is None:
+            raise RuntimeError("this piece needs the last queries, and the layer kept none")
+        return self.queries[:, -count:], self.query_positions[:, -count:]
 
 
 @dataclass(frozen=True)
@@ -62,28 +90,42 @@ class Allocation:
     local: Tensor | None = None
 
 
-class Scorer(Protocol):
-    """Ranks entries: higher stays."""
+class Scorer:
+    """Ranks entries: higher stays. What it needs beyond the storage it says in the other methods."""
 
     @property
-    def needs_mean_query(self) -> bool: ...
+    def needs_mean_query(self) -> bool:
+        """The mean of the queries since the last decision."""
+        return False
 
     @property
-    def needs_attention(self) -> bool: ...
+    def accumulates(self) -> bool:
+        """Attention is added up over everything and never forgotten, the prompt's queries included."""
+        return False
+
+    def queries_needed(self, plan: Plan, *, decoding: bool) -> int:
+        """How many of the last queries it looks at: of the prompt's (they cost nothing), or while decoding."""
+        return 0
+
+    def attention_window(self, plan: Plan) -> int:
+        """How many of the last decoded queries must have left their attention on the slots; 0 if it looks at none."""
+        return 0
 
     def score_entries(self, observed: Observed) -> Tensor:
         """Scores [N] float32."""
-        ...
+        raise NotImplementedError
 
 
 class Allocator(Protocol):
-    """Gives every region its number of entries, once per image."""
+    """Gives every region its number of entries, once per row."""
 
-    def queries_needed(self, plan: ImagePlan) -> int:
+    def queries_needed(self, plan: Plan) -> int:
         """How many of the last queries must be there when it decides; 0 if it looks at none."""
         ...
 
-    def allocate(self, observed: Observed) -> Allocation: ...
+    def allocate(self, observed: Observed, scores: Tensor) -> Allocation:
+        """Divide `observed.row_budgets` among the heads. `scores` [N] are the scorer's."""
+        ...
 
 
 class Selector(Protocol):
@@ -97,10 +139,10 @@ class Selector(Protocol):
 class Schedule(Protocol):
     """Says on the host, by counting tokens, when to evict."""
 
-    def first(self, plan: ImagePlan) -> int:
-        """Image tokens after which the first eviction may happen."""
+    def first(self, plan: Plan) -> int:
+        """Image tokens after which the first eviction may happen; 0 in a text: as soon as the budget is full."""
         ...
 
-    def due(self, before: int, after: int, plan: ImagePlan) -> bool:
-        """Is an eviction due when the number of image tokens went from `before` to `after`?"""
+    def due(self, before: int, after: int, plan: Plan) -> bool:
+        """Is an eviction due when the number of decoded tokens went from `before` to `after`?"""
         ...

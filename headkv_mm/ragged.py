@@ -12,7 +12,7 @@ an upper bound of the lengths) is kept as plain integers next to the tensors.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, replace
 
 import torch
 from torch import Tensor
@@ -33,6 +33,7 @@ class RaggedKV:
         row_slots: slots of each row, known on the host.
         max_length: an upper bound of `length`, known on the host.
         mass: [N] float32, attention received since it was last cleared, or None where no scorer wants it.
+        ordered: the entries of every region lie in position order; known on the host.
     """
 
     keys: Tensor
@@ -44,6 +45,33 @@ class RaggedKV:
     row_slots: list[int]
     max_length: int
     mass: Tensor | None = None
+    ordered: bool = True
+
+    @classmethod
+    def over(cls, keys: Tensor, values: Tensor, padding: Tensor, *, with_mass: bool = False) -> RaggedKV:
+        """A storage that looks at dense tensors, without a copy where they are contiguous.
+
+        Args:
+            keys, values: [B, G, T, D].
+            padding: [B] int32, columns at the left of each row that hold no token.
+            with_mass: allocate `mass`.
+        """
+        batch, heads, tokens, head_dim = keys.shape
+        region = torch.arange(batch * heads, dtype=torch.int32, device=keys.device).view(batch, heads) * tokens
+        pads = padding[:, None]  # [B, 1]
+        columns = torch.arange(tokens, dtype=torch.int32, device=keys.device) - pads  # [B, T]
+        positions = columns.clamp(min=-1)[:, None].expand(batch, heads, tokens)
+        return cls(
+            keys=keys.reshape(-1, head_dim),
+            values=values.reshape(-1, head_dim),
+            positions=positions.reshape(-1).contiguous(),
+            start=region + pads,
+            length=(tokens - pads).expand(batch, heads).contiguous(),
+            capacity=(tokens - pads).expand(batch, heads).contiguous(),
+            row_slots=[heads * tokens] * batch,
+            max_length=tokens,
+            mass=torch.zeros(batch * heads * tokens, device=keys.device) if with_mass else None,
+        )
 
     @classmethod
     def empty(
@@ -102,6 +130,31 @@ class RaggedKV:
     def evict(self, victims: Tensor) -> None:
         """Remove the slots where `victims` [N] bool is True, in place. `max_length` stays a bound."""
         kernels.fill_holes(victims, self.keys, self.values, self.positions, self.start, self.length, self.mass)
+        self.ordered = False
+
+    def filled(self) -> Tensor:
+        """[N] bool, True for slots that hold an entry."""
+        return self.positions >= 0
+
+    def row_of_slots(self) -> Tensor:
+        """[N] int64, the row that each slot belongs to."""
+        device = self.start.device
+        slots = torch.tensor(self.row_slots, device=device)
+        return torch.repeat_interleave(torch.arange(self.rows, device=device), slots, output_size=sum(self.row_slots))
+
+    def slots_in_order(self) -> tuple[Tensor, Tensor]:
+        """The slots of every region in position order [B, G, M] int64, and which of them hold an entry.
+
+        M is the host's bound of the lengths, so nothing is read from the device.
+        """
+        offset = torch.arange(self.max_length, device=self.start.device)
+        filled = offset < self.length[..., None]  # [B, G, M]
+        slots = torch.where(filled, self.start[..., None] + offset, 0).long()
+        if not self.ordered:
+            last = torch.iinfo(torch.int32).max
+            order = torch.where(filled, self.positions[slots], last).argsort(dim=-1)
+            slots = slots.gather(-1, order)  # the filled ones stay in front
+        return slots, filled
 
     def regroup(
         self,
@@ -150,7 +203,17 @@ class RaggedKV:
             self.mass,
             new.mass,
         )
+        new.ordered = self.ordered
         return new
+
+    def copy(self) -> RaggedKV:
+        """The same storage with tensors of its own."""
+        tensors = {
+            field.name: value.clone()
+            for field in fields(self)
+            if isinstance(value := getattr(self, field.name), Tensor)
+        }
+        return replace(self, row_slots=list(self.row_slots), **tensors)  # type: ignore[arg-type]
 
     def select_rows(self, rows: Tensor) -> RaggedKV:
         """The storage with rows taken, repeated or reordered. `rows` is [B'] int64."""

@@ -1,10 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The registry of methods: name -> scorer x allocator x selector x schedule.
+"""The registry of methods: name -> scorer x allocator x selector x schedule, for images and for texts.
 
 A method of one's own is one dataclass for the piece that is new and one call:
 
-    register_method("newest-first", scorer=Recency(), allocator=Uniform(), selector=Stratified(0.0), schedule=EachRow(),
+    register_method("newest-first", text=Pieces(Recency(), Uniform(), Stratified(0.0), EachInterval()),
                     description="...", source="...")
+
+The methods that come with the package are in `headkv_mm.builtin_methods`.
 """
 
 from __future__ import annotations
@@ -13,38 +15,20 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
-from .allocators import HeadType, Uniform
 from .pieces import Allocator, Schedule, Scorer, Selector
-from .schedules import AfterGrouping, EachRow
-from .scorers import Recency, RecentQueries
-from .selectors import Stratified
 
+KINDS = ("image", "text")
 _PIECES = ("scorer", "allocator", "selector", "schedule")
 
 
 @dataclasses.dataclass(frozen=True)
-class Method:
-    """A named composition of four pieces.
+class Pieces:
+    """A scorer, an allocator, a selector and a schedule, see `headkv_mm.pieces`."""
 
-    Attributes:
-        name: how users call it.
-        scorer, allocator, selector, schedule: see `headkv_mm.pieces`; None in all four for the stock cache.
-        description: one line.
-        source: the paper.
-    """
-
-    name: str
-    scorer: Scorer | None
-    allocator: Allocator | None
-    selector: Selector | None
-    schedule: Schedule | None
-    description: str = ""
-    source: str = ""
-
-    @property
-    def compresses(self) -> bool:
-        """False for the stock cache."""
-        return self.scorer is not None
+    scorer: Scorer
+    allocator: Allocator
+    selector: Selector
+    schedule: Schedule
 
     @property
     def options(self) -> dict[str, Any]:
@@ -52,10 +36,68 @@ class Method:
         return {
             field.name: getattr(piece, field.name)
             for piece in (self.scorer, self.allocator, self.selector, self.schedule)
-            if piece is not None
             for field in dataclasses.fields(piece)  # type: ignore[arg-type]
             if field.init
         }
+
+    def with_options(self, options: Mapping[str, Any]) -> Pieces:
+        """The pieces with every option set that they have, or swapped whole (`scorer=...`); others are ignored."""
+        changed: dict[str, Any] = {name: piece for name, piece in options.items() if name in _PIECES}
+        for name in _PIECES:
+            piece = changed.get(name, getattr(self, name))
+            own = {field.name for field in dataclasses.fields(piece)} & set(options)
+            changed[name] = _replace(piece, {option: options[option] for option in own}) if own else piece
+        return Pieces(**changed)
+
+
+@dataclasses.dataclass(frozen=True)
+class Method:
+    """A named method: its pieces for images, for texts, or for both.
+
+    Attributes:
+        name: how users call it.
+        image, text: the pieces; None where the method does not serve that kind. Both are None for the stock cache.
+        description: one line.
+        source: the paper.
+    """
+
+    name: str
+    image: Pieces | None = None
+    text: Pieces | None = None
+    description: str = ""
+    source: str = ""
+
+    @property
+    def compresses(self) -> bool:
+        """False for the stock cache."""
+        return self.image is not None or self.text is not None
+
+    @property
+    def kinds(self) -> tuple[str, ...]:
+        """What it serves: "image", "text", or both; the stock cache serves everything."""
+        return tuple(kind for kind in KINDS if not self.compresses or getattr(self, kind) is not None)
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """Option -> default, for images and texts together; where both have one, the image's default."""
+        options: dict[str, Any] = {}
+        for pieces in (self.text, self.image):
+            options.update(pieces.options if pieces is not None else {})
+        return options
+
+    def pieces(self, kind: str) -> Pieces | None:
+        """The pieces for "image" or "text"; None for the stock cache.
+
+        Raises:
+            ValueError: if the method does not serve that kind.
+        """
+        if kind not in self.kinds:
+            raise ValueError(
+                f"method {self.name!r} serves {' and '.join(self.kinds)} only; methods for {kind} are: "
+                f"{', '.join(methods(kind))}"
+            )
+        found: Pieces | None = getattr(self, kind)
+        return found
 
     def with_options(self, options: Mapping[str, Any]) -> Method:
         """The method with options set, or whole pieces swapped (`scorer=...`, `allocator=...`, ...).
@@ -65,27 +107,17 @@ class Method:
         Raises:
             ValueError: for an unknown option, or a value that its piece refuses.
         """
-        method = self
-        swapped = {name: piece for name, piece in options.items() if name in _PIECES}
-        if swapped:
-            method = dataclasses.replace(method, **swapped)
-        known = method.options
-        plain = {name: value for name, value in options.items() if name not in _PIECES}
-        unknown = sorted(set(plain) - set(known))
+        if not options:
+            return self
+        swapped = {kind: pieces.with_options(options) for kind in KINDS if (pieces := getattr(self, kind)) is not None}
+        method = dataclasses.replace(self, **swapped)
+        unknown = sorted(set(options) - set(method.options) - (set(_PIECES) if self.compresses else set()))
         if unknown:
-            expected = ", ".join(sorted(known)) if known else "none"
+            expected = ", ".join(sorted(method.options)) if method.options else "none"
             raise ValueError(
                 f"method {self.name!r} has no option {', '.join(map(repr, unknown))}; its options are: {expected}"
             )
-        changed: dict[str, Any] = {}
-        for name in _PIECES:
-            piece = getattr(method, name)
-            if piece is None:
-                continue
-            own = {field.name for field in dataclasses.fields(piece)} & set(plain)
-            if own:
-                changed[name] = _replace(piece, {option: plain[option] for option in own})
-        return dataclasses.replace(method, **changed)
+        return method
 
 
 def _replace(piece: Any, options: dict[str, Any]) -> Any:
@@ -105,26 +137,24 @@ _METHODS: dict[str, Method] = {}
 
 
 def register_method(
-    name: str,
-    *,
-    scorer: Scorer | None,
-    allocator: Allocator | None,
-    selector: Selector | None,
-    schedule: Schedule | None,
-    description: str = "",
-    source: str = "",
+    name: str, *, image: Pieces | None = None, text: Pieces | None = None, description: str = "", source: str = ""
 ) -> Method:
     """Register a method under a name.
 
+    Args:
+        name: how users call it.
+        image, text: the pieces for either kind; one of them is enough, and both may be the same.
+        description: one line.
+        source: the paper.
+
     Raises:
-        ValueError: if the name is taken, or only some of the pieces are given.
+        ValueError: if the name is taken, or no pieces are given.
     """
     if name in _METHODS:
         raise ValueError(f"method {name!r} is registered already; choose another name")
-    pieces = (scorer, allocator, selector, schedule)
-    if any(piece is None for piece in pieces) and any(piece is not None for piece in pieces):
-        raise ValueError(f"method {name!r} needs all of scorer, allocator, selector and schedule")
-    method = Method(name, scorer, allocator, selector, schedule, description, source)
+    method = Method(name, image, text, description, source)
+    if not method.compresses:
+        raise ValueError(f"method {name!r} needs pieces for images, for texts, or for both")
     _METHODS[name] = method
     return method
 
@@ -140,43 +170,20 @@ def get_method(name: str) -> Method:
     return _METHODS[name]
 
 
-def methods() -> list[str]:
-    """Names of the registered methods."""
-    return list(_METHODS)
+def methods(kind: str | None = None) -> list[str]:
+    """Names of the registered methods.
+
+    Args:
+        kind: "image" or "text" for those that serve it; None for all.
+
+    Raises:
+        ValueError: for any other kind.
+    """
+    if kind is not None and kind not in KINDS:
+        raise ValueError(f"kind must be one of {', '.join(KINDS)}, got {kind!r}")
+    return [name for name, method in _METHODS.items() if kind is None or kind in method.kinds]
 
 
-register_method(
-    "none",
-    scorer=None,
-    allocator=None,
-    selector=None,
-    schedule=None,
-    description="The stock cache: everything is kept.",
-)
-register_method(
-    "headkv",
-    scorer=RecentQueries(),
-    allocator=HeadType(),
-    selector=Stratified(),
-    schedule=AfterGrouping(),
-    description="Head types found online; local heads keep a window, global ones the rest; stratified eviction.",
-    source="arXiv 2605.20600",
-)
-register_method(
-    "lines",
-    scorer=RecentQueries(score="softmax"),
-    allocator=Uniform(),
-    selector=Stratified(strata_ratio=0.0, anchor_rows=1.0),
-    schedule=EachRow(),
-    description="The same budget for every head; first and last rows stay, the rest by the last row's attention.",
-    source="arXiv 2512.04857",
-)
-register_method(
-    "streaming",
-    scorer=Recency(),
-    allocator=Uniform(),
-    selector=Stratified(strata_ratio=0.0),
-    schedule=EachRow(),
-    description="The condition and the newest tokens.",
-    source="arXiv 2309.17453",
-)
+_METHODS["none"] = Method("none", description="The stock cache: everything is kept.")
+
+from . import builtin_methods  # noqa: E402, F401 (registers, and needs everything above)

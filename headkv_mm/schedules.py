@@ -6,6 +6,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from .budgets import ImagePlan
+from .plan import Plan
 
 
 @dataclass(frozen=True)
@@ -22,15 +23,16 @@ class EachRow:
         if self.first_eviction_rows is not None:
             _check_rows("first_eviction_rows", self.first_eviction_rows)
 
-    def first(self, plan: ImagePlan) -> int:
+    def first(self, plan: Plan) -> int:
         """Image tokens before the first eviction: whole rows that fill the budget, or what was asked for."""
+        image = _image(plan)
         if self.first_eviction_rows is None:
-            return -(-plan.budget // plan.row) * plan.row
-        return _rows_before_end("first_eviction_rows", self.first_eviction_rows, plan)
+            return -(-image.budget // image.row) * image.row
+        return _rows_before_end("first_eviction_rows", self.first_eviction_rows, image)
 
-    def due(self, before: int, after: int, plan: ImagePlan) -> bool:
+    def due(self, before: int, after: int, plan: Plan) -> bool:
         """True when a row ended as the count of image tokens went from `before` to `after`."""
-        return _row_ended(before, after, plan) and after >= self.first(plan)
+        return _step_ended(before, after, plan) and after >= self.first(plan)
 
 
 @dataclass(frozen=True)
@@ -46,13 +48,42 @@ class AfterGrouping:
     def __post_init__(self) -> None:
         _check_rows("grouping_rows", self.grouping_rows)
 
-    def first(self, plan: ImagePlan) -> int:
+    def first(self, plan: Plan) -> int:
         """Image tokens before the grouping, which is the first eviction too."""
-        return _rows_before_end("grouping_rows", self.grouping_rows, plan)
+        return _rows_before_end("grouping_rows", self.grouping_rows, _image(plan))
 
-    def due(self, before: int, after: int, plan: ImagePlan) -> bool:
+    def due(self, before: int, after: int, plan: Plan) -> bool:
         """True when a row ended as the count of image tokens went from `before` to `after`."""
-        return _row_ended(before, after, plan) and after >= self.first(plan)
+        return _step_ended(before, after, plan) and after >= self.first(plan)
+
+
+@dataclass(frozen=True)
+class EachInterval:
+    """At the end of a text's prompt, and then every `interval` decoded tokens, wherever a row is over its budget.
+
+    Attributes:
+        interval: decoded tokens between two evictions; None: what suits the budget, see `TextPlan`.
+    """
+
+    interval: int | None = None
+
+    def __post_init__(self) -> None:
+        if self.interval is not None and (not isinstance(self.interval, int) or self.interval < 1):
+            raise ValueError(f"interval must be a whole number of tokens, at least 1, got {self.interval!r}")
+
+    def first(self, plan: Plan) -> int:
+        """At once."""
+        return 0
+
+    def due(self, before: int, after: int, plan: Plan) -> bool:
+        """True when an interval ended as the count of decoded tokens went from `before` to `after`."""
+        return _step_ended(before, after, plan)
+
+
+def _image(plan: Plan) -> ImagePlan:
+    if not isinstance(plan, ImagePlan):
+        raise TypeError(f"this schedule counts image rows, and the plan is a {type(plan).__name__}; use EachInterval")
+    return plan
 
 
 def _check_rows(name: str, rows: int) -> None:
@@ -69,5 +100,5 @@ def _rows_before_end(name: str, rows: int, plan: ImagePlan) -> int:
     return rows * plan.row
 
 
-def _row_ended(before: int, after: int, plan: ImagePlan) -> bool:
-    return after // plan.row > before // plan.row
+def _step_ended(before: int, after: int, plan: Plan) -> bool:
+    return after // plan.step > before // plan.step

@@ -13,6 +13,8 @@ from headkv_mm.budgets import ImagePlan
 from headkv_mm.pieces import Observed
 from headkv_mm.ragged import RaggedKV
 
+NO_SCORES = torch.empty(0)
+
 
 @given(data=st.data(), rows=st.integers(1, 3), heads=st.integers(1, 12), limit=st.integers(2, 300))
 def test_redistribution_is_exact_and_within_bounds(data: st.DataObject, rows: int, heads: int, limit: int) -> None:
@@ -20,7 +22,8 @@ def test_redistribution_is_exact_and_within_bounds(data: st.DataObject, rows: in
     window = data.draw(st.integers(1, budget))
     flags = data.draw(st.lists(st.booleans(), min_size=rows * heads, max_size=rows * heads))
     local = torch.tensor(flags).view(rows, heads)
-    targets = redistributed(local, window=window, budget=budget, limit=limit)
+    column = torch.ones(rows, 1, dtype=torch.int32)
+    targets = redistributed(local, window=column * window, budget=column * budget, limit=column * limit)
     assert targets.dtype == torch.int32
     assert targets.sum(-1).tolist() == [budget * heads] * rows
     assert targets.min() >= window
@@ -54,24 +57,27 @@ def observed(window_share: float) -> Observed:
         condition=torch.tensor([condition], dtype=torch.int32),
         seen=torch.tensor([count], dtype=torch.int32),
         scale=1.0,
+        row_budgets=[24],
+        row_seen=[count],
         queries=queries,
+        query_positions=torch.tensor([[count - 1]], dtype=torch.int32),
     )
 
 
 def test_a_head_is_local_when_the_window_holds_tau_of_its_mass() -> None:
-    assert HeadType(tau=0.9).allocate(observed(0.95)).local.tolist() == [[True, False]]
-    assert HeadType(tau=0.98).allocate(observed(0.95)).local.tolist() == [[False, False]]
+    assert HeadType(tau=0.9).allocate(observed(0.95), NO_SCORES).local.tolist() == [[True, False]]
+    assert HeadType(tau=0.98).allocate(observed(0.95), NO_SCORES).local.tolist() == [[False, False]]
 
 
 def test_what_the_local_head_leaves_goes_to_the_global_one() -> None:
-    allocation = HeadType().allocate(observed(0.95))
+    allocation = HeadType().allocate(observed(0.95), NO_SCORES)
     assert allocation.targets.tolist() == [[16, 32]]
     assert allocation.windows.tolist() == [[16, 16]]
-    assert HeadType(redistribute=False).allocate(observed(0.95)).targets.tolist() == [[16, 24]]
+    assert HeadType(redistribute=False).allocate(observed(0.95), NO_SCORES).targets.tolist() == [[16, 24]]
 
 
 def test_uniform_gives_everyone_the_budget() -> None:
-    allocation = Uniform(window_rows=1).allocate(observed(0.95))
+    allocation = Uniform(window_rows=1).allocate(observed(0.95), NO_SCORES)
     assert allocation.targets.tolist() == [[24, 24]]
     assert allocation.windows.tolist() == [[10, 10]]  # never below one row and two tokens
     assert allocation.local is None

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from headkv_mm import Compression, ImageGrid, methods, register_method
 from headkv_mm.allocators import Uniform
 from headkv_mm.budgets import ImagePlan, image_plan, parse_budget
-from headkv_mm.registry import get_method
+from headkv_mm.registry import Pieces, get_method
 from headkv_mm.schedules import EachRow
 from headkv_mm.scorers import Recency
 from headkv_mm.selectors import Stratified
@@ -93,17 +93,20 @@ def test_parse_refuses_other_types() -> None:
 
 def test_options_reach_every_piece_that_has_them_and_pieces_can_be_swapped() -> None:
     method = get_method("headkv").with_options({"window_rows": 3.0, "strata_ratio": 0.6})
-    assert (method.allocator.window_rows, method.selector.strata_ratio) == (3.0, 0.6)
+    assert (method.image.allocator.window_rows, method.image.selector.strata_ratio) == (3.0, 0.6)
+    assert method.text.selector.strata_ratio == 0.6
     swapped = get_method("headkv").with_options({"allocator": Uniform()})
-    assert swapped.allocator == Uniform()
+    assert swapped.image.allocator == swapped.text.allocator == Uniform()
     with pytest.raises(ValueError, match="no option 'tau'"):
         get_method("headkv").with_options({"allocator": Uniform(), "tau": 0.5})
 
 
 def test_defaults_of_the_paper() -> None:
-    assert get_method("headkv").options == {
+    assert get_method("headkv").image.options == {
         "score": "logits",
         "tau": 0.9,
+        "window": 32,
+        "local_window": 64,
         "window_rows": 2.0,
         "grouping_queries": None,
         "include_condition": False,
@@ -111,6 +114,7 @@ def test_defaults_of_the_paper() -> None:
         "redistribute": True,
         "strata_ratio": 0.5,
         "anchor_rows": 0.0,
+        "sinks": 4,
         "grouping_rows": 4,
     }
 
@@ -119,14 +123,29 @@ def test_a_method_of_ones_own(monkeypatch: pytest.MonkeyPatch) -> None:
     from headkv_mm import registry
 
     monkeypatch.setattr(registry, "_METHODS", dict(registry._METHODS))
-    pieces = {"scorer": Recency(), "allocator": Uniform(), "selector": Stratified(0.0), "schedule": EachRow(2)}
-    register_method("mine", description="Mine.", **pieces)
+    pieces = Pieces(Recency(), Uniform(), Stratified(0.0), EachRow(2))
+    register_method("mine", image=pieces, description="Mine.")
     assert "mine" in methods()
-    assert Compression("mine", first_eviction_rows=3).resolve().schedule == EachRow(3)
+    assert "mine" in methods("image")
+    assert "mine" not in methods("text")
+    assert Compression("mine", first_eviction_rows=3).pieces("image").schedule == EachRow(3)
+    with pytest.raises(ValueError, match=r"'mine' serves image only; methods for text are: none, .*headkv"):
+        Compression("mine").pieces("text")
     with pytest.raises(ValueError, match="'mine' is registered already"):
-        register_method("mine", **pieces)
-    with pytest.raises(ValueError, match="needs all of"):
-        register_method("half", **{**pieces, "selector": None})
+        register_method("mine", text=pieces)
+    with pytest.raises(ValueError, match="needs pieces for images, for texts"):
+        register_method("nothing")
+
+
+def test_options_of_the_other_kind_are_refused_where_they_would_be_ignored() -> None:
+    rows = Compression("headkv", grouping_rows=3)
+    assert rows.pieces("image").schedule.grouping_rows == 3
+    with pytest.raises(ValueError, match="'grouping_rows' of method 'headkv' does not serve text"):
+        rows.pieces("text")
+    with pytest.raises(ValueError, match="'interval' of method 'headkv' does not serve image"):
+        Compression("headkv", interval=7).pieces("image")
+    with pytest.raises(ValueError, match="kind must be one of image, text, got 'sound'"):
+        methods("sound")
 
 
 @given(row=st.integers(2, 64), height=st.integers(3, 64), data=st.data())

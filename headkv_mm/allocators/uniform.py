@@ -5,36 +5,50 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-import torch
+from torch import Tensor
 
-from ..budgets import ImagePlan
 from ..pieces import Allocation, Observed
+from ..plan import Plan
+from ..scorers.attention import check_window
 
 
 @dataclass(frozen=True)
 class Uniform:
-    """Every head keeps the plan's budget.
+    """Every head keeps its row's budget.
 
     Attributes:
-        window_rows: newest rows that are protected, as far as the budget allows (see `ImagePlan.window`).
+        window: newest tokens of a text that are protected, at most half of the budget.
+        window_rows: newest rows of an image that are protected, as far as the budget allows (see `ImagePlan.window`).
     """
 
+    window: int = 32
     window_rows: float = 1.0
 
     def __post_init__(self) -> None:
-        if self.window_rows < 0:
-            raise ValueError(f"window_rows must not be negative, got {self.window_rows}")
+        check_windows(self.window, self.window_rows)
 
-    def queries_needed(self, plan: ImagePlan) -> int:
+    def queries_needed(self, plan: Plan) -> int:
         """None are looked at."""
         return 0
 
-    def allocate(self, observed: Observed) -> Allocation:
+    def allocate(self, observed: Observed, scores: Tensor) -> Allocation:
         """Targets and windows, the same everywhere."""
-        plan, store = observed.plan, observed.store
+        length, budgets = observed.store.length, observed.row_budgets
+        windows = observed.plan.windows_of(budgets, tokens=self.window, rows=self.window_rows)
         return Allocation(
-            targets=torch.full_like(store.length, plan.budget),
-            windows=torch.full_like(store.length, min(plan.window(self.window_rows), plan.budget)),
-            row_totals=[plan.budget * store.kv_heads] * store.rows,
-            largest=plan.budget,
+            targets=observed.per_row(budgets).expand_as(length).contiguous(),
+            windows=observed.per_row(windows).expand_as(length).contiguous(),
+            row_totals=[budget * length.shape[1] for budget in budgets],
+            largest=max(budgets),
         )
+
+
+def check_windows(window: int, window_rows: float) -> None:
+    """Refuse windows that are none.
+
+    Raises:
+        ValueError: for a window of no tokens, or negative rows.
+    """
+    check_window(window)
+    if window_rows < 0:
+        raise ValueError(f"window_rows must not be negative, got {window_rows}")

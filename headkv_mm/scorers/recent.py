@@ -4,16 +4,18 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar, Literal
+from typing import Literal
 
 from torch import Tensor
 
 from .. import kernels
-from ..pieces import Observed
+from ..pieces import Observed, Scorer
+from ..plan import Plan
+from .attention import window_attention
 
 
 @dataclass(frozen=True)
-class RecentQueries:
+class RecentQueries(Scorer):
     """How much the queries since the last eviction ask for an entry.
 
     Sources: arXiv 2605.20600 ("logits"), arXiv 2512.04857 ("softmax").
@@ -34,17 +36,22 @@ class RecentQueries:
         """True for logits."""
         return self.score == "logits"
 
-    @property
-    def needs_attention(self) -> bool:
-        """True for softmax."""
-        return self.score == "softmax"
+    def queries_needed(self, plan: Plan, *, decoding: bool) -> int:
+        """One step of a prompt's; none while decoding, where what matters of them is added up."""
+        return 0 if decoding else plan.step
+
+    def attention_window(self, plan: Plan) -> int:
+        """The queries since the last eviction, for softmax."""
+        return plan.step if self.score == "softmax" else 0
 
     def score_entries(self, observed: Observed) -> Tensor:
         """Scores [N] float32."""
         if observed.attention is not None:
             return observed.attention
+        if self.score == "softmax":
+            return window_attention(observed, *observed.last_queries(observed.plan.step))
         if observed.mean_query is None:
-            raise RuntimeError("RecentQueries got neither a mean query nor attention to score with")
+            raise RuntimeError("RecentQueries got no mean query to score with")
         store = observed.store
         return kernels.mean_query_logits(
             observed.mean_query, store.keys, store.start, store.length, scale=observed.scale
@@ -52,11 +59,8 @@ class RecentQueries:
 
 
 @dataclass(frozen=True)
-class Recency:
+class Recency(Scorer):
     """The newest entries score highest, whatever they hold (arXiv 2309.17453, with the condition as sinks)."""
-
-    needs_mean_query: ClassVar[bool] = False
-    needs_attention: ClassVar[bool] = False
 
     def score_entries(self, observed: Observed) -> Tensor:
         """Positions as scores, [N] float32."""

@@ -14,7 +14,7 @@ from transformers import DynamicCache, LlamaForCausalLM
 
 from headkv_mm import HeadKVCache, ImageGrid, methods
 
-COMPRESSING = [name for name in methods() if name != "none"]
+COMPRESSING = [name for name in methods("image") if name != "none"]
 OPTIONS: list[tuple[str, dict[str, Any]]] = [
     *((name, {}) for name in COMPRESSING),
     ("headkv", {"tau": 0.3, "grouping_rows": 3}),
@@ -354,8 +354,8 @@ class TestRefusals:
         make(model, grid, budget=10)
 
     def test_no_grid(self, model) -> None:
-        with pytest.raises(ValueError, match="image_grid=ImageGrid"):
-            HeadKVCache(model, "headkv")
+        with pytest.raises(ValueError, match=r"'lines' serves image only; .*image_grid=ImageGrid"):
+            HeadKVCache(model, "lines")
 
     def test_a_grouping_after_the_last_row(self, model, grid) -> None:
         with pytest.raises(ValueError, match=r"grouping_rows=8 keeps all 8 rows.*at most 7"):

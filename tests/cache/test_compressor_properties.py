@@ -16,10 +16,10 @@ from torch import Tensor
 
 from headkv_mm import ImageGrid, methods
 from headkv_mm.budgets import image_plan
-from headkv_mm.compressor import LayerCompressor
+from headkv_mm.image_compressor import ImageCompressor
 from headkv_mm.registry import get_method
 
-COMPRESSING = [name for name in methods() if get_method(name).compresses]
+COMPRESSING = [name for name in methods("image") if get_method(name).compresses]
 HEAD_DIM = 16
 
 
@@ -55,7 +55,7 @@ class Driver:
         lengths = [scene["prompts"][row] for row in rows]
         visible = torch.arange(longest)[None] >= longest - torch.tensor(lengths)[:, None]
         keys, values = self.pad(lengths, longest), self.pad(lengths, longest)
-        self.compressor = LayerCompressor(method, self.plan, keys, values, visible, lengths)
+        self.compressor = ImageCompressor(method.image, self.plan, keys, values, visible, lengths)
 
     def draw(self, *shape: int) -> Tensor:
         return torch.stack([torch.randn(shape, generator=generator) for generator in self.generators])
@@ -84,7 +84,7 @@ def test_invariants_hold_after_every_token(name: str, scene: dict[str, Any]) -> 
     driver = Driver(name, scene, rows)
     compressor, plan = driver.compressor, driver.plan
     try:
-        first = compressor.schedule.first(plan)
+        first = compressor.pieces.schedule.first(plan)
     except ValueError:
         return  # the image is too small for this schedule; the cache refuses it when it is made
     for token in range(plan.start + plan.tokens):
@@ -123,7 +123,7 @@ def test_rows_do_not_influence_each_other(name: str, scene: dict[str, Any]) -> N
     rows = list(range(len(scene["prompts"])))
     together = Driver(name, scene, rows)
     try:
-        together.compressor.schedule.first(together.plan)
+        together.compressor.pieces.schedule.first(together.plan)
     except ValueError:
         return
     alone = [Driver(name, scene, [row]) for row in rows]
@@ -145,10 +145,10 @@ def test_attention_scores_are_those_of_the_last_row_alone(method: str) -> None:
     scene = {"grid": grid, "budget": 8, "prompts": [2], "kv_heads": 2, "group": 2, "seed": 5, "tau": 0.9}
     driver = Driver(method, scene, [0])
     options = {"score": "softmax", ("grouping_rows" if method == "headkv" else "first_eviction_rows"): 3}
-    resolved = get_method(method).with_options(options)
+    resolved = get_method(method).with_options(options).image
     keys = torch.randn(1, 2, 2, HEAD_DIM)
     visible = torch.ones(1, 2, dtype=torch.bool)
-    compressor = LayerCompressor(resolved, driver.plan, keys, keys, visible, [2])
+    compressor = ImageCompressor(resolved, driver.plan, keys, keys, visible, [2])
     driver.compressor = compressor
     for _ in range(3 * grid.width - 1):
         driver.step()

@@ -1,0 +1,43 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The fingerprint of a model: two models with the same one compute the same."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from typing import Any
+
+_CONFIG = (
+    "model_type",
+    "vocab_size",
+    "hidden_size",
+    "num_hidden_layers",
+    "num_attention_heads",
+    "num_key_value_heads",
+    "head_dim",
+    "rope_parameters",
+)
+_SAMPLED = 64
+"""Numbers taken from every tensor."""
+
+
+def fingerprint(model: Any) -> str:
+    """Hash the shape of a model and a sample of every weight, in float32.
+
+    Half-precision weights give the same fingerprint as their float32 copies; training a single step changes it.
+
+    Args:
+        model: a transformers model.
+
+    Returns:
+        16 hexadecimal digits.
+    """
+    config = model.config.get_text_config(decoder=True).to_dict()
+    stated = {name: config.get(name) for name in _CONFIG}
+    digest = hashlib.sha256(json.dumps(stated, sort_keys=True, default=str).encode())
+    for name, weight in sorted(model.named_parameters()):
+        flat = weight.detach().flatten()
+        sample = flat[:: max(1, flat.numel() // _SAMPLED)][:_SAMPLED].float().cpu().contiguous()
+        digest.update(f"{name} {tuple(weight.shape)}".encode())
+        digest.update(sample.numpy().tobytes())
+    return digest.hexdigest()[:16]

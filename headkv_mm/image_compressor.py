@@ -1,0 +1,219 @@
+# SPDX-License-Identifier: Apache-2.0
+"""ImageCompressor: the entries that one layer keeps while an image is written."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from . import kernels
+from .budgets import ImagePlan
+from .chunk import attend_chunk
+from .compressor import LayerCompressor
+from .observer import Observer
+from .pieces import Observed
+from .ragged import RaggedKV
+from .registry import Pieces
+
+
+class ImageCompressor(LayerCompressor):
+    """Keeps the condition (the prompt and what comes before the image), and of the image what the method chooses.
+
+    Args:
+        pieces: the method's.
+        plan: budget and row.
+        keys, values: [B, G, T, D] of the prompt.
+        visible: [B, T] bool, False for padding, which gets no entry.
+        row_prompt: real prompt tokens of each row, on the host.
+    """
+
+    plan: ImagePlan
+
+    def __init__(
+        self, pieces: Pieces, plan: ImagePlan, keys: Tensor, values: Tensor, visible: Tensor, row_prompt: list[int]
+    ) -> None:
+        super().__init__(pieces, plan, keys.shape[1])
+        self.decoded = -plan.start  # image tokens so far; negative while tokens before the image are decoded
+        self.in_prompt = True
+        self.row_condition = [count + plan.start for count in row_prompt]
+        self.condition = visible.sum(-1, dtype=torch.int32) + plan.start  # [B]
+        self.seen = torch.zeros_like(self.condition)
+        self.row_seen = list(row_prompt)
+        self.store = RaggedKV.empty(*self._capacity(), keys.shape[-1], dtype=keys.dtype, with_mass=self.wants_mass)
+        self._write(keys, values, visible)
+        self._track_peak()
+
+    def decode(
+        self,
+        query: Tensor,
+        keys: Tensor,
+        values: Tensor,
+        *,
+        scale: float,
+        softcap: float = 0.0,
+        sinks: Tensor | None = None,
+    ) -> Tensor:
+        """See `LayerCompressor.decode`; evicts if a row has ended."""
+        self.in_prompt = False
+        return super().decode(query, keys, values, scale=scale, softcap=softcap, sinks=sinks)
+
+    def append(
+        self,
+        query: Tensor,
+        keys: Tensor,
+        values: Tensor,
+        visible: Tensor,
+        *,
+        scale: float,
+        softcap: float = 0.0,
+        sinks: Tensor | None = None,
+    ) -> Tensor:
+        """Several tokens at once: attend over store and chunk, then evict. Before decoding they belong to the prompt.
+
+        Args:
+            query: [B, H, T, D]; keys, values: [B, G, T, D].
+            visible: [B, T] bool, False for padding.
+            scale, softcap, sinks: see `headkv_mm.kernels.ragged_decode`.
+
+        Returns:
+            [B, T, H, D].
+        """
+        tokens = query.shape[2]
+        counts = visible.sum(-1).tolist()
+        if self.in_prompt:
+            self.condition = self.condition + visible.sum(-1, dtype=torch.int32)
+            self.row_condition = [old + new for old, new in zip(self.row_condition, counts, strict=True)]
+        self.row_seen = [old + new for old, new in zip(self.row_seen, counts, strict=True)]
+        first = self.seen.clone()
+        self.store = self.store.regroup(
+            self.store.capacity + tokens,
+            [slots + tokens * self.kv_heads for slots in self.store.row_slots],
+            max_length=self.store.max_length,
+        )
+        self._write(keys, values, visible)
+        # Padding sees nothing, and nothing sees it: position -1 comes before every entry.
+        positions = torch.where(visible, first[:, None] + visible.cumsum(-1) - 1, -1).to(torch.int32)  # [B, T]
+        output = attend_chunk(query, positions, self.store, scale=scale, softcap=softcap, sinks=sinks)
+        if not self.in_prompt:
+            self._add_chunk_mass(query, positions, scale)
+            self._advance(query, scale, visible)
+        self.store = self.store.regroup(*self._capacity(), max_length=self.store.max_length)
+        return output
+
+    def crop(self, tokens: int) -> None:
+        """Forget the newest tokens.
+
+        Raises:
+            ValueError: once entries were evicted, or for more tokens than follow the prompt.
+        """
+        if self.allocation is not None:
+            raise ValueError("entries were evicted, so the cache cannot be cropped; crop before the first eviction")
+        after_prompt = self.decoded + self.plan.start
+        if self.in_prompt or tokens > after_prompt:
+            raise ValueError(
+                f"{after_prompt} tokens follow the prompt, so {tokens} cannot be cropped; reset the cache instead"
+            )
+        self._count(-tokens)
+        row_slots = torch.tensor(self.store.row_slots, device=self.seen.device)
+        self.store.evict(self.store.positions >= torch.repeat_interleave(self.seen, row_slots))
+        self.decoded -= tokens
+        # What was learnt from the removed queries cannot be taken out of a sum; the next ones start anew.
+        self.observer = Observer()
+
+    def after_decode(self, query: Tensor, scale: float) -> None:
+        """Observe the query and evict if a row has ended."""
+        self._advance(query, scale)
+
+    def _write(self, keys: Tensor, values: Tensor, visible: Tensor) -> None:
+        self.store.append_chunk(keys, values, visible, self.seen)
+        self.seen += visible.sum(-1, dtype=torch.int32)
+
+    def _add_chunk_mass(self, query: Tensor, positions: Tensor, scale: float) -> None:
+        """Decoding adds up attention as it goes; a chunk adds its own here."""
+        store = self.store
+        if store.mass is None:
+            return
+        window = min(query.shape[2], self.pieces.scorer.attention_window(self.plan))
+        mean = kernels.window_mass(
+            query.transpose(1, 2)[:, -window:],
+            positions[:, -window:],
+            store.keys,
+            store.positions,
+            store.start,
+            store.length,
+            scale=scale,
+        )
+        store.mass += mean.to(store.mass.dtype) * (window * (query.shape[1] // self.kv_heads))
+
+    def _advance(self, query: Tensor, scale: float, visible: Tensor | None = None) -> None:
+        """Count the tokens, keep what the next decision needs of their queries, and decide if it is due."""
+        plan, pieces = self.plan, self.pieces
+        before, until_due = self.decoded, self.next_due - self.decoded - query.shape[2]
+        self.decoded += query.shape[2]
+        undecided = self.allocation is None
+        allocated = self.observer.watch(
+            query,
+            step=plan.step,
+            until_due=until_due,
+            mean=pieces.scorer.needs_mean_query,
+            last=max(
+                pieces.allocator.queries_needed(plan) if undecided else 0,
+                pieces.scorer.queries_needed(plan, decoding=True),
+            ),
+            visible=visible,
+        )
+        if allocated:
+            self._track_peak()
+        if pieces.schedule.due(before, self.decoded, plan):
+            self._evict(scale)
+
+    def _evict(self, scale: float) -> None:
+        store, room = self.store, self._room
+        queries = self.observer.queries
+        ages = None if queries is None else torch.arange(queries.shape[1], 0, -1, device=self.seen.device)
+        observed = Observed(
+            store=store,
+            plan=self.plan,
+            condition=self.condition,
+            seen=self.seen,
+            scale=scale,
+            row_budgets=[self.plan.budget] * store.rows,
+            row_seen=self.row_seen,
+            mean_query=self.observer.mean_query,
+            queries=queries,
+            # The newest query has age 1.
+            query_positions=None if ages is None else (self.seen[:, None] - ages).to(torch.int32),
+            attention=store.mass,
+        )
+        scores = self.pieces.scorer.score_entries(observed)
+        grouping = self.allocation is None
+        allocation = self.allocation or self.pieces.allocator.allocate(observed, scores)
+        self.allocation = allocation
+        victims = self.pieces.selector.victims(observed, allocation, scores)
+        bound = max(self.row_condition) + allocation.largest
+        uneven = allocation.local is not None or allocation.largest != self.plan.budget
+        if grouping and (uneven or room != self.plan.budget + self.plan.row):
+            self.store = store.regroup(*self._capacity(), max_length=bound, keep=~victims)
+        else:
+            store.evict(victims)
+            store.max_length = bound
+        self._forget()
+
+    @property
+    def _room(self) -> int:
+        """Image entries that each region has room for before the first eviction."""
+        first = self.pieces.schedule.first(self.plan)
+        if self.pieces.allocator.queries_needed(self.plan):
+            return first  # the grouping moves everything anyway
+        return max(first, self.plan.budget + self.plan.row)
+
+    def _capacity(self) -> tuple[Tensor, list[int]]:
+        """Slots of every region, [B, G] int32, and their sums per row: the condition, what is kept, and one row."""
+        condition, row = self.condition[:, None], self.plan.row
+        if self.allocation is None:
+            capacity = (condition + self._room).expand(-1, self.kv_heads).contiguous()
+            return capacity, [self.kv_heads * (count + self._room) for count in self.row_condition]
+        return condition + self.allocation.targets + row, [
+            self.kv_heads * (count + row) + total
+            for count, total in zip(self.row_condition, self.allocation.row_totals, strict=True)
+        ]

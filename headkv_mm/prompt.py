@@ -1,0 +1,68 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a layer remembers of a prompt until it is compressed: its queries, and which columns are padding."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, replace
+
+import torch
+from torch import Tensor
+
+from .text_compressor import Asked
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """The queries of a prompt's last forward, and how the layer asks.
+
+    Attributes:
+        query: [B, H, T, D].
+        scale, softcap, sinks: see `headkv_mm.kernels.ragged_decode`.
+    """
+
+    query: Tensor
+    scale: float
+    softcap: float = 0.0
+    sinks: Tensor | None = None
+
+    def reordered(self, order: Tensor) -> Prompt:
+        """The queries in another order of columns, [B, T] int64; only for a prompt of one forward."""
+        return replace(self, query=self.query.take_along_dim(order[:, None, :, None], 2))
+
+    def asked(self, tokens: int, padding: Tensor) -> Asked:
+        """The queries with their positions.
+
+        Args:
+            tokens: columns of the whole prompt; the queries are its last ones.
+            padding: [B] int32, padding columns at the left of each row.
+        """
+        count = self.query.shape[2]
+        columns = torch.arange(tokens - count, tokens, device=self.query.device)
+        positions = (columns - padding[:, None]).clamp(min=-1).to(torch.int32)  # [B, T]
+        return Asked(self.query.transpose(1, 2), positions, self.scale, self.softcap, self.sinks)
+
+
+@dataclass
+class Reading:
+    """A prompt that comes in chunks.
+
+    Attributes:
+        prompt: the last queries so far.
+        visible: [B, T] bool, False for padding; None if there is none so far.
+    """
+
+    prompt: Prompt | None = None
+    visible: Tensor | None = None
+    _tokens: int = field(default=0, repr=False)
+
+    def note(self, chunk: Prompt, visible: Tensor | None, needed: int) -> None:
+        """Add a chunk; of the queries so far the last `needed` are kept."""
+        batch, _, tokens, _ = chunk.query.shape
+        if visible is not None or self.visible is not None:
+            ones = chunk.query.new_ones(batch, max(tokens, self._tokens), dtype=torch.bool)
+            before = ones[:, : self._tokens] if self.visible is None else self.visible
+            self.visible = torch.cat([before, ones[:, :tokens] if visible is None else visible], dim=1)
+        self._tokens += tokens
+        queries = chunk.query if self.prompt is None else torch.cat([self.prompt.query, chunk.query], dim=2)
+        # A copy of what is needed: a view would keep the whole chunk alive.
+        self.prompt = replace(chunk, query=queries[:, :, -needed:].clone())

@@ -1,0 +1,422 @@
+# SPDX-License-Identifier: Apache-2.0
+"""TextCompressor: the entries that one layer keeps of a text, from its prompt on."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from . import kernels
+from .allocators.shares import scaled
+from .chunk import attend_chunk
+from .compressor import LayerCompressor, tensor_fields
+from .layer_state import LayerState
+from .pieces import Allocation, Observed
+from .ragged import RaggedKV
+from .registry import Pieces
+from .text_plan import TextPlan
+
+_STORED = ("keys", "values", "positions", "start", "length", "capacity")
+_NUMBERS = ("row_seen", "row_entries", "decoded", "evicts", "_appended", "_made_for")
+
+
+@dataclass(frozen=True)
+class Asked:
+    """The queries of a prompt or chunk, and how the layer asks.
+
+    Attributes:
+        queries: [B, T, H, D].
+        positions: [B, T] int32, -1 for padding.
+        scale, softcap, sinks: see `headkv_mm.kernels.ragged_decode`.
+    """
+
+    queries: Tensor
+    positions: Tensor
+    scale: float
+    softcap: float = 0.0
+    sinks: Tensor | None = None
+
+    def last(self, count: int) -> Asked:
+        """The last `count` queries, or all if there are fewer."""
+        return replace(self, queries=self.queries[:, -count:], positions=self.positions[:, -count:])
+
+
+class TextCompressor(LayerCompressor):
+    """Selects at the end of the prompt, after every further chunk, and every interval of decoded tokens.
+
+    Every row decides for itself when it is over its budget and how its heads share it, so a row of a batch keeps what
+    it would keep alone. Head budgets are decided once, when a row first exceeds its budget; where the budget is a share
+    of the text they grow in proportion.
+
+    Args:
+        pieces: the method's.
+        plan: budget and interval.
+        keys, values: [B, G, T, D] of the prompt, padding at the left.
+        padding: [B] int32, padding columns of each row.
+        row_prompt: real prompt tokens of each row, on the host.
+        asked: the prompt's queries, the last of them at least.
+    """
+
+    plan: TextPlan
+
+    def __init__(
+        self,
+        pieces: Pieces,
+        plan: TextPlan,
+        keys: Tensor,
+        values: Tensor,
+        padding: Tensor,
+        row_prompt: list[int],
+        asked: Asked,
+    ) -> None:
+        super().__init__(pieces, plan, keys.shape[1])
+        self.evicts = True
+        """False in copies that only grow."""
+        self.row_seen = list(row_prompt)
+        self.seen = (keys.shape[2] - padding).to(torch.int32)
+        self._decided: list[Allocation | None] = [None] * len(row_prompt)
+        """Per row the allocation as it was decided, [1, G]; None while the row is within its budget."""
+        self._appended = 0  # tokens that a copy that only grows got since it was made
+        self._made_for: list[int] = []  # what the regions were made for, see `_bounds`
+        self._set_budgets([plan.entries(seen) for seen in self.row_seen])
+        self.store = RaggedKV.over(keys, values, padding)
+        self._decide(asked)
+        self._track_peak()
+
+    def append(
+        self,
+        query: Tensor,
+        keys: Tensor,
+        values: Tensor,
+        visible: Tensor,
+        *,
+        scale: float,
+        softcap: float = 0.0,
+        sinks: Tensor | None = None,
+    ) -> Tensor:
+        """Several tokens at once: attend over what is kept and the chunk, then evict down to the budget.
+
+        Args:
+            query: [B, H, T, D]; keys, values: [B, G, T, D].
+            visible: [B, T] bool, False for padding.
+            scale, softcap, sinks: see `headkv_mm.kernels.ragged_decode`.
+
+        Returns:
+            [B, T, H, D].
+        """
+        tokens, first = query.shape[2], self.seen.clone()
+        self.store = self.store.regroup(
+            self.store.capacity + tokens,
+            [slots + tokens * self.kv_heads for slots in self.store.row_slots],
+            max_length=self.store.max_length,
+        )
+        self.store.append_chunk(keys, values, visible, first)
+        counts = visible.sum(-1, dtype=torch.int32)
+        self.seen = self.seen + counts
+        self.row_seen = [old + new for old, new in zip(self.row_seen, counts.tolist(), strict=True)]
+        if self.evicts:
+            self._set_budgets([self.plan.entries(seen) for seen in self.row_seen])
+        # Padding sees nothing, and nothing sees it: position -1 comes before every entry.
+        positions = torch.where(visible, first[:, None] + visible.cumsum(-1) - 1, -1).to(torch.int32)  # [B, T]
+        output = attend_chunk(query, positions, self.store, scale=scale, softcap=softcap, sinks=sinks)
+        self._appended += 0 if self.evicts else tokens
+        asked = Asked(query.transpose(1, 2), positions, scale, softcap, sinks)
+        if self.pieces.scorer.accumulates and self.store.mass is not None:
+            self.store.mass += self._attention_sum(asked)
+        self._decide(asked)
+        self.decoded = 0  # the next interval begins
+        return output
+
+    def after_decode(self, query: Tensor, scale: float) -> None:
+        """Observe the query and evict if an interval has ended."""
+        plan, pieces = self.plan, self.pieces
+        before, until_due = self.decoded, self.next_due - self.decoded - 1
+        self.decoded += 1
+        self._appended += 0 if self.evicts else 1
+        # Rows that will be over their budget at the next decision; there is nothing to observe for the others.
+        over = [seen + until_due > entries for seen, entries in zip(self.row_seen, self.row_entries, strict=True)]
+        if self.evicts and any(over):
+            undecided = any(late and row is None for late, row in zip(over, self._decided, strict=True))
+            allocated = self.observer.watch(
+                query,
+                step=plan.step,
+                until_due=until_due,
+                mean=pieces.scorer.needs_mean_query,
+                last=max(
+                    pieces.allocator.queries_needed(plan) if undecided else 0,
+                    pieces.scorer.queries_needed(plan, decoding=True),
+                ),
+            )
+            if allocated:
+                self._track_peak()
+        if pieces.schedule.due(before, self.decoded, plan):
+            if self.evicts:
+                self._set_budgets([plan.grown(*row) for row in zip(self.row_entries, self.row_seen, strict=True)])
+            queries = self.observer.queries
+            if queries is None:
+                queries = query.new_empty(query.shape[0], 0, query.shape[1], query.shape[3])
+            # The newest query has age 1.
+            ages = torch.arange(queries.shape[1], 0, -1, device=self.seen.device)
+            positions = (self.seen[:, None] - ages).clamp(min=-1).to(torch.int32)
+            self._decide(Asked(queries, positions, scale), decoding=True)
+
+    def crop(self, tokens: int) -> None:
+        """Forget the newest tokens.
+
+        Raises:
+            ValueError: once entries were evicted, or for more tokens than there are.
+        """
+        if any(allocation is not None for allocation in self._decided):
+            raise ValueError("entries were evicted, so the cache cannot be cropped; crop before the first eviction")
+        if tokens >= min(self.row_seen):
+            raise ValueError(
+                f"a row has {min(self.row_seen)} tokens, so {tokens} cannot be cropped; reset the cache instead"
+            )
+        self._count(-tokens)
+        self.store.evict(self.store.positions >= self.seen[self.store.row_of_slots()])
+        self._set_budgets([self.plan.entries(seen) for seen in self.row_seen])
+        self.decoded = max(self.decoded - tokens, 0)
+        self.observer.clear()
+
+    def select_rows(self, rows: Tensor) -> None:
+        """Take, repeat or reorder rows of everything that is held; `rows` is [B'] int64."""
+        super().select_rows(rows)
+        for name in ("_decided", "_made_for", "row_entries"):
+            values = getattr(self, name)
+            setattr(self, name, [values[row] for row in rows.tolist()])
+
+    def copy(self, *, evicts: bool) -> TextCompressor:
+        """The same content with a storage of its own.
+
+        Args:
+            evicts: False: nothing leaves the copy any more; it grows by what is appended.
+        """
+        twin = object.__new__(TextCompressor)
+        twin.__dict__.update(self.__dict__)
+        twin.store = self.store.copy()
+        twin.seen, twin.condition = self.seen.clone(), self.condition.clone()
+        twin.row_seen, twin.row_condition = list(self.row_seen), list(self.row_condition)
+        twin._decided, twin._made_for, twin.row_entries = (
+            list(self._decided),
+            list(self._made_for),
+            list(self.row_entries),
+        )
+        twin.observer = self.observer.copy()
+        twin.evicts = evicts and self.evicts
+        twin.nbytes_peak = 0
+        twin._track_peak()
+        return twin
+
+    def state(self) -> LayerState:
+        """Everything that is held, but for what was observed since the last decision."""
+        store = self.store
+        tensors = {name: getattr(store, name) for name in _STORED}
+        tensors |= {"seen": self.seen} | ({} if store.mass is None else {"mass": store.mass})
+        numbers: dict[str, Any] = {name: getattr(self, name) for name in _NUMBERS}
+        numbers |= {"row_slots": store.row_slots, "max_length": store.max_length, "ordered": store.ordered}
+        numbers["decided"] = [
+            None if row is None else {"row_totals": row.row_totals, "largest": row.largest} for row in self._decided
+        ]
+        for index, row in enumerate(self._decided):
+            if row is not None:
+                tensors |= {f"decided.{index}.{name}": tensor for name, tensor in tensor_fields(row).items()}
+        return LayerState(tensors, numbers)
+
+    @classmethod
+    def restored(cls, pieces: Pieces, plan: TextPlan, state: LayerState) -> TextCompressor:
+        """A compressor with the content that `state` holds.
+
+        Raises:
+            KeyError: if something is missing in it.
+        """
+        tensors, numbers = state.tensors, state.numbers
+        new = object.__new__(cls)
+        LayerCompressor.__init__(new, pieces, plan, tensors["start"].shape[1])
+        for name in _NUMBERS:
+            setattr(new, name, numbers[name])
+        new.seen = tensors["seen"]
+        new.store = RaggedKV(
+            **{name: tensors[name] for name in _STORED},
+            mass=tensors.get("mass"),
+            row_slots=numbers["row_slots"],
+            max_length=numbers["max_length"],
+            ordered=numbers["ordered"],
+        )
+        new._decided = [
+            row
+            and Allocation(
+                targets=tensors[f"decided.{index}.targets"],
+                windows=tensors[f"decided.{index}.windows"],
+                local=tensors.get(f"decided.{index}.local"),
+                **row,
+            )
+            for index, row in enumerate(numbers["decided"])
+        ]
+        new._set_budgets(numbers["row_entries"])
+        if any(row is not None for row in new._decided):
+            budgets = [entries - first for entries, first in zip(new.row_entries, new.row_condition, strict=True)]
+            new.allocation = new._joined(budgets)
+        new._track_peak()
+        return new
+
+    @property
+    def tensors(self) -> list[Tensor]:
+        """Every tensor that is held; where a budget grows, also the allocations that it grew from."""
+        grown = [row for row in self._decided if row is not None] if isinstance(self.plan.budget, float) else []
+        return [*super().tensors, *(tensor for row in grown for tensor in tensor_fields(row).values())]
+
+    def _set_budgets(self, entries: list[int]) -> None:
+        """Set how many entries a head of each row keeps on the average, and how many of them are sinks."""
+        self.row_entries = entries
+        self.row_condition = [self.plan.held_sinks(count) for count in entries]
+        self.condition = torch.tensor(self.row_condition, dtype=torch.int32, device=self.seen.device)
+
+    def _attention_sum(self, asked: Asked) -> Tensor:
+        """Attention that queries give to the slots, summed over them and their group, [N] float32."""
+        store, (_, count, heads, _) = self.store, asked.queries.shape
+        mean = kernels.window_scores(
+            asked.queries,
+            asked.positions,
+            store.keys,
+            store.positions,
+            store.start,
+            store.length,
+            scale=asked.scale,
+            softcap=asked.softcap,
+            sinks=asked.sinks,
+        )
+        return mean * (count * (heads // self.kv_heads))
+
+    def _decide(self, asked: Asked, *, decoding: bool = False) -> None:
+        """Evict down to the budget where a row is over it, and make room for the next interval."""
+        budgets = [entries - first for entries, first in zip(self.row_entries, self.row_condition, strict=True)]
+        over = [self.evicts and seen > entries for seen, entries in zip(self.row_seen, self.row_entries, strict=True)]
+        victims = self._choose(asked, budgets, over, decoding=decoding) if any(over) else None
+        self._make_room(victims, in_place=decoding)
+        if self.wants_mass and self.store.mass is None:
+            self.store.mass = torch.zeros(self.store.keys.shape[0], device=self.seen.device)
+            if self.pieces.scorer.accumulates:
+                self.store.mass += self._attention_sum(asked)
+        self._forget()
+
+    def _choose(self, asked: Asked, budgets: list[int], over: Sequence[bool], *, decoding: bool) -> Tensor:
+        """Decide head budgets where that is due, and who leaves: [N] bool."""
+        scorer, plan, store = self.pieces.scorer, self.plan, self.store
+        if not decoding:
+            needed = max(scorer.queries_needed(plan, decoding=False), self.pieces.allocator.queries_needed(plan), 1)
+            asked = asked.last(needed)
+        observed = Observed(
+            store=store,
+            plan=plan,
+            condition=self.condition,
+            seen=self.seen,
+            scale=asked.scale,
+            row_budgets=budgets,
+            row_seen=self.row_seen,
+            mean_query=self.observer.mean_query if decoding else _mean(asked),
+            queries=asked.queries,
+            query_positions=asked.positions,
+            # Accumulated attention holds the prompt's; any other counts decoded queries only.
+            attention=store.mass if decoding or scorer.accumulates else None,
+            softcap=asked.softcap,
+            sinks=asked.sinks,
+        )
+        scores = scorer.score_entries(observed)
+        if scorer.accumulates and store.mass is None:
+            store.mass = scores  # it goes along with the entries
+        fresh = [row for row, late in enumerate(over) if late and self._decided[row] is None]
+        if fresh:
+            allocation = self.pieces.allocator.allocate(observed, scores)
+            for row in fresh:
+                self._decided[row] = _row(allocation, row)
+        if fresh or isinstance(plan.budget, float) or self.allocation is None:
+            self.allocation = self._joined(budgets)
+        return self.pieces.selector.victims(observed, self.allocation, scores)
+
+    def _joined(self, budgets: list[int]) -> Allocation:
+        """The rows' allocations as one, each grown to its row's budget; rows within their budget keep everything."""
+        rows = []
+        for decided, budget in zip(self._decided, budgets, strict=True):
+            total = budget * self.kv_heads
+            if decided is None:
+                keep = self.seen.new_full((1, self.kv_heads), budget)
+                rows.append(Allocation(keep, keep, [total], budget))
+            else:
+                rows.append(decided if decided.row_totals == [total] else _grown(decided, total))
+        local = [row.local for row in rows if row.local is not None]
+        return Allocation(
+            targets=torch.cat([row.targets for row in rows]),
+            windows=torch.cat([row.windows for row in rows]),
+            row_totals=[row.row_totals[0] for row in rows],
+            largest=max(row.largest for row in rows),
+            local=torch.cat(local) if len(local) == len(rows) else None,
+        )
+
+    def _make_room(self, victims: Tensor | None, *, in_place: bool) -> None:
+        """Remove the victims, and give every region room for one more interval."""
+        store, seen = self.store, max(self.row_seen)
+        decided = self.allocation is not None and all(row is not None for row in self._decided)
+        longest = seen
+        if decided and self.allocation is not None:
+            longest = min(seen, max(self.row_condition) + self.allocation.largest + self._appended)
+        if in_place and decided and not self._appended and self._made_for == self.row_entries:
+            if victims is not None:
+                store.evict(victims)
+            store.max_length = longest
+        else:
+            capacity, row_slots = self._capacity()
+            keep = None if victims is None else ~victims
+            self.store = store.regroup(capacity, row_slots, max_length=longest, keep=keep)
+            self._made_for = list(self.row_entries) if decided else []
+
+    def _capacity(self) -> tuple[Tensor, list[int]]:
+        """Slots of every region, [B, G] int32, and their sums per row: what is held at most, and one interval."""
+        step, heads = self.plan.step, self.kv_heads
+        everything = self.seen[:, None].expand(-1, heads)  # [B, G]
+        if self.allocation is None:
+            return everything + step, [(seen + step) * heads for seen in self.row_seen]
+        undecided = [decided is None for decided in self._decided]
+        mask = torch.tensor(undecided, device=self.seen.device)[:, None]
+        kept = self.condition[:, None] + self.allocation.targets + self._appended
+        return torch.where(mask, everything, kept).to(torch.int32) + step, [
+            heads * (step + seen) if whole else heads * (step + first + self._appended) + total
+            for whole, seen, first, total in zip(
+                undecided, self.row_seen, self.row_condition, self.allocation.row_totals, strict=True
+            )
+        ]
+
+
+def _mean(asked: Asked) -> Tensor:
+    """The mean of the queries that are no padding, [B, H, D] float32."""
+    real = (asked.positions >= 0)[..., None, None]
+    return (asked.queries.float() * real).sum(1) / real.sum(1).clamp(min=1)
+
+
+def _row(allocation: Allocation, row: int) -> Allocation:
+    """One row of an allocation."""
+    part = slice(row, row + 1)
+    return Allocation(
+        targets=allocation.targets[part],
+        windows=allocation.windows[part],
+        row_totals=allocation.row_totals[part],
+        largest=allocation.largest,
+        local=None if allocation.local is None else allocation.local[part],
+    )
+
+
+def _grown(decided: Allocation, total: int) -> Allocation:
+    """A row's allocation [1, G] in proportion to another total; a window that was the whole target stays so."""
+    before = decided.row_totals[0]
+    targets = scaled(decided.targets, total)
+    whole = decided.windows == decided.targets
+    return Allocation(
+        targets=targets,
+        windows=torch.where(whole, targets, decided.windows).to(torch.int32),
+        row_totals=[total],
+        largest=decided.largest * total // before + 1,
+        local=decided.local,
+    )
