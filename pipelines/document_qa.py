@@ -14,18 +14,16 @@ from transformers.pipelines.base import Pipeline
 
 from headkv_mm.cache import HeadKVCache
 from headkv_mm.pipelines.answers import DocumentReport
+from headkv_mm.pipelines.defaults import CHUNK_SIZE, DEFAULT_BUDGET, DEFAULT_COMPRESSION, MAX_NEW_TOKENS
 from headkv_mm.pipelines.document import Document
 from headkv_mm.pipelines.document_prompts import PromptFormat
 from headkv_mm.pipelines.kv_arguments import KVArguments
-from headkv_mm.pipelines.questions import MAX_NEW_TOKENS, check_count, check_length, check_question, end_tokens
+from headkv_mm.pipelines.questions import check_count, check_length, check_question, end_tokens
 from headkv_mm.pipelines.saved_documents import load_document
 from headkv_mm.pipelines.words import count_known_words
 
 if TYPE_CHECKING:
     from headkv_mm.compression import Compression
-
-DEFAULT_COMPRESSION, DEFAULT_BUDGET = "snapkv", 0.25
-CHUNK_SIZE = 1024
 
 _KV = ("kv_compression", "kv_budget", "kv_options")
 _OWN = ("chunk_size", "max_new_tokens")

@@ -5,11 +5,10 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+from headkv_mm.pipelines.defaults import QUESTION_ROOM
+
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
-
-MAX_NEW_TOKENS = 128
-QUESTION_ROOM = 64  # positions left free behind a document, for a question of ordinary length
 
 _RULED = ("attention_mask", "input_ids", "past_key_values", "stopping_criteria", "streamer", "use_cache")
 
