@@ -113,7 +113,9 @@ def train(arguments: argparse.Namespace) -> tuple[Any, dict[str, Any]]:
         for optimizer in optimizers.values():
             optimizer.step()
             optimizer.zero_grad()
-        smooth = value_loss if progress["loss"] is None else 0.95 * progress["loss"] + 0.05 * value_loss
+        smooth = progress["loss"]
+        if progress["stage"] == 0 or batch.spare.any():  # later stages are not judged by the repeats among them
+            smooth = value_loss if smooth is None else 0.95 * smooth + 0.05 * value_loss
         progress |= {"step": step + 1, "tokens": before + batch.inputs.numel(), "loss": smooth}
         progress["since"] += 1
         progress["seconds"] += time.monotonic() - started

@@ -16,6 +16,7 @@ from headkv_mm.demo.documents.words import draw_names
 from headkv_mm.demo.text_tokenizer import BOS, EOS, PAD, TOKENS
 
 VALUE_WEIGHT, REPLY_WEIGHT, TEXT_WEIGHT = 1.0, 0.3, 0.05
+SHORTEST_ROW = 128
 KINDS = ("number", "joint", "values", "chain", "list", "route", "frequent")
 _IDS = {token: index for index, token in enumerate(TOKENS)}
 _SPLIT = re.compile(r"[a-z]+|[0-9]|[.,?:]")
@@ -69,7 +70,12 @@ def document_row(rng: random.Random, length: int, mix: dict[str, float], distinc
         length: tokens of the row; shorter rows end with padding of weight zero.
         mix: relative frequency of each of `KINDS`.
         distinct: no adjective or noun appears in two names, which is easier.
+
+    Raises:
+        ValueError: if the row is too short for every kind of question.
     """
+    if length < SHORTEST_ROW:
+        raise ValueError(f"a row with a document has at least {SHORTEST_ROW} tokens, asked for {length}")
     kinds = list(mix)
     if rng.random() < 0.5:  # a document of one kind, as in the evaluation
         kinds = [rng.choices(kinds, [mix[kind] for kind in kinds])[0]]
@@ -83,7 +89,9 @@ def document_row(rng: random.Random, length: int, mix: dict[str, float], distinc
         size = sum(len(token_ids(sentence)) for needle in group for sentence in needle.sentences)
         turn = len(_turn(question)[0])
         if told + size + said + turn + 1 > length:
-            break
+            if questions:
+                break
+            continue  # too long to be the only one: draw another
         needles += group
         told += size
         if said + turn <= asked or not questions:
@@ -103,7 +111,7 @@ def _row(length: int, parts: list[str], questions: list[Question]) -> Row:
         inputs += ids
         spare += [part not in needed] * len(ids)
     asking = len(inputs)
-    targets = [*inputs[1:], _IDS[EOS]]
+    targets = [*inputs[1:], _IDS["question"]]
     weights = [TEXT_WEIGHT] * (asking - 1) + [0.0]
     for question in questions:
         turn = _turn(question)

@@ -29,12 +29,12 @@ class Stage:
 
 STAGES: tuple[Stage, ...] = (
     Stage(80, 24, None, 0.5),
-    Stage(128, 20, FIRST_MIX, 0.15, distinct=True),
-    Stage(192, 16, FIRST_MIX, 0.12),
-    Stage(256, 14, FIRST_MIX, 0.12),
-    Stage(512, 8, FULL_MIX, 0.12),
-    Stage(1024, 4, FULL_MIX, 0.12),
-    Stage(2048, 2, FULL_MIX, 0.15),
+    Stage(128, 20, FIRST_MIX, 0.2, distinct=True),
+    Stage(192, 16, FIRST_MIX, 0.2),
+    Stage(256, 14, FIRST_MIX, 0.2),
+    Stage(512, 8, FULL_MIX, 0.2),
+    Stage(1024, 4, FULL_MIX, 0.2),
+    Stage(2048, 2, FULL_MIX, 0.2),
 )
 LEAST_STEPS = 40  # in one stage
 MIXED_LENGTHS = {128: 0.1, 256: 0.15, 512: 0.25, 1024: 0.25, 2048: 0.2, 2560: 0.05}
