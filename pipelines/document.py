@@ -15,6 +15,7 @@ from headkv_mm.pipelines.answering import AnswerStream, TokenClock
 from headkv_mm.pipelines.answers import Answer, DocumentReport
 from headkv_mm.pipelines.questions import answer_settings, check_length, check_question
 from headkv_mm.pipelines.saved_documents import save_document
+from headkv_mm.pipelines.words import count_known_words
 
 if TYPE_CHECKING:
     from transformers.generation import StoppingCriteriaList
@@ -98,6 +99,10 @@ class Document:
 
         layers = [index for index, layer in enumerate(self.cache.layers) if isinstance(layer, HeadKVLayer)]
         return [self.cache.kept_positions(layer)[0] for layer in layers]
+
+    def count_known_words(self, text: str) -> tuple[int, int]:
+        """Words of a text that the tokenizer knows, and all words; those of the document are in the report."""
+        return count_known_words(self._pipeline.tokenizer, text)
 
     def _prepare(
         self, question: str | None, settings: dict[str, Any]

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from headkv_mm.commands.compile_kernels import compile_cpu_kernels
+from headkv_mm.commands.devices import usable_device
 from headkv_mm.commands.option_values import budget, grid, option, whole_number
 from headkv_mm.commands.output_folder import OutputFolder
 
@@ -136,24 +137,9 @@ def _pipeline(args: argparse.Namespace) -> TextToImagePipeline:
         "progress": not args.no_progress and sys.stderr.isatty(),
     }
     if args.device is not None:
-        settings["device"] = _device(args.device)
+        settings["device"] = usable_device(args.device)
     pipe: TextToImagePipeline = headkv_mm.pipeline("text-to-image", args.model, **settings)
     return pipe
-
-
-def _device(name: str) -> str:
-    """A device that is there.
-
-    Raises:
-        ValueError: if torch does not know it, or the machine does not have it.
-    """
-    import torch
-
-    try:
-        torch.empty(0, device=name)
-    except (RuntimeError, AssertionError) as error:
-        raise ValueError(f"device {name!r} cannot be used: {str(error).splitlines()[0]}") from None
-    return name
 
 
 def _draw(pipe: TextToImagePipeline, args: argparse.Namespace) -> list[Variant]:
