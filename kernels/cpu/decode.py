@@ -29,7 +29,7 @@ from .job import (
     run_job,
 )
 from .memory import cube, fetch_and_add_one, float32s, int32s, matrix, vector
-from .parts import BEGIN, COLUMNS, COUNT, FIRST_TASK, PARTS, REGION, lay_out, most_tasks
+from .parts import BEGIN, COLUMNS, COUNT, FIRST_TASK, PARTS, REGION, lay_out, most_tasks, scratch
 from .slot_write import write_entry
 
 # What the job holds, in the order of `_run`.
@@ -42,9 +42,8 @@ from .slot_write import write_entry
 
 
 @jit
-def _plan(address: int) -> None:
+def _plan(job: Any) -> None:
     """Count the new entries in, and lay out the tasks: lengths do not change while threads run."""
-    job = opened(address)
     regions = job[REGIONS]
     start, length = int32s(job[_START], regions), int32s(job[_LENGTH], regions)
     if job[_NEW_KEYS] != 0:
@@ -57,29 +56,24 @@ def _plan(address: int) -> None:
 @jit
 def _decode(address: int, element: Any) -> None:
     job = opened(address)
+    if job[_TASKS] == 0:  # one thread alone was not told to plan first
+        _plan(job)
     regions, group, size, slots, most = job[REGIONS], job[_GROUP], job[_SIZE], job[_SLOTS], job[_MOST_TASKS]
     heads = regions // job[_BATCH]
     scale, softcap = as_float32(job, _SCALE), as_float32(job, _SOFTCAP)
-    query, out = (
-        cube(job[_QUERY], regions, group, size, np.float32(0)),
-        cube(job[_OUT], regions, group, size, np.float32(0)),
-    )
+    query = cube(job[_QUERY], regions, group, size, np.float32(0))
+    out = cube(job[_OUT], regions, group, size, np.float32(0))
     keys, values = matrix(job[_KEYS], slots, size, element), matrix(job[_VALUES], slots, size, element)
     start, length, mass = int32s(job[_START], regions), int32s(job[_LENGTH], regions), float32s(job[_MASS], slots)
     sinks = float32s(job[_SINKS], heads * group)
     appends = job[_NEW_KEYS] != 0
-    new_keys, new_values = (
-        matrix(job[_NEW_KEYS], regions, size, element),
-        matrix(job[_NEW_VALUES], regions, size, element),
-    )
+    new_keys = matrix(job[_NEW_KEYS], regions, size, element)
+    new_values = matrix(job[_NEW_VALUES], regions, size, element)
     new_positions, positions = int32s(job[_NEW_POSITIONS], job[_BATCH]), int32s(job[_POSITIONS], slots)
     table, done = matrix(job[_TABLE], most, COLUMNS, np.int64(0)), vector(job[_DONE], regions, np.int64(0))
     partial = cube(job[_PARTIAL], most, group, size, np.float32(0))
-    behind = job[_PARTIAL] + 4 * most * group * size
-    peaks, totals = (
-        matrix(behind, most, group, np.float32(0)),
-        matrix(behind + 4 * most * group, most, group, np.float32(0)),
-    )
+    behind, floats = job[_PARTIAL] + 4 * most * group * size, 4 * most * group  # bytes
+    peaks, totals = matrix(behind, most, group, np.float32(0)), matrix(behind + floats, most, group, np.float32(0))
     weights = float32s(job[_WEIGHTS], slots * group)
     logits = np.empty((group, job[_LARGEST]), np.float32)
     ticket = next_ticket(job, job[_TASKS])
@@ -95,10 +89,10 @@ def _decode(address: int, element: Any) -> None:
         if parts == 1:
             attend(query[region], keys, values, begin, count, scale, softcap, own_sinks, mass, logits, out[region])
         else:
-            scratch = weights_of_part(weights, begin, count, group) if weights.size > 0 else logits
+            own_weights = weights_of_part(weights, begin, count, group) if weights.size > 0 else logits
             peak, total = peaks[ticket], totals[ticket]
             attend_part(
-                query[region], keys, values, begin, count, scale, softcap, scratch, peak, total, partial[ticket]
+                query[region], keys, values, begin, count, scale, softcap, own_weights, peak, total, partial[ticket]
             )
             if fetch_and_add_one(done[region : region + 1]) == parts - 1:
                 own = slice(table[ticket, FIRST_TASK], table[ticket, FIRST_TASK] + parts)
@@ -115,7 +109,7 @@ def plan_worker() -> Any:
 
     def plan(address: Any) -> None:
         if sources:
-            _plan(address)
+            _plan(opened(address))
 
     return worker(plan)
 
@@ -160,7 +154,7 @@ def _attend(
     tasks = most_tasks(regions, slots)
     counts = 8 * (tasks * COLUMNS + regions)  # bytes
     partial = counts + 4 * tasks * group * (size + 2)
-    workspace = torch.empty(partial + (0 if mass is None else 4 * slots * group), dtype=torch.uint8)
+    workspace = scratch(partial + (0 if mass is None else 4 * slots * group))
     table = workspace.data_ptr()
     numbers = [
         batch,

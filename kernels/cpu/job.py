@@ -74,15 +74,16 @@ def run_job(
 ) -> None:
     """Run a worker over `regions` regions that lie in `slots` slots; the job reads about `elements` elements.
 
-    `prepare`, also a worker, runs before it on one thread and may write into the job.
+    `prepare`, also a worker, comes before several threads start and may write into the job.
     """
     # Regions longer than the mean capacity are taken first (see `next_region`).
     if regions > 0:
         job = array.array("q", [0, regions, slots // regions, *numbers])
         address = job.buffer_info()[0]
-        if prepare is not None:
+        threads = thread_count(elements)
+        if prepare is not None and threads > 1:
             prepare.ctypes(address)
-        run(worker, address, thread_count(elements))
+        run(worker, address, threads)
 
 
 @jit

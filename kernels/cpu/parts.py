@@ -7,18 +7,36 @@ whatever other regions there are.
 
 from __future__ import annotations
 
+import threading
 from typing import Any
 
 import numpy as np
+import torch
+from torch import Tensor
 
 from .jit import jit
 
-PART = 256
-"""Most slots of one task. Merging a part costs as much as reading about one slot of it."""
+PART = 512
+"""Most slots of one task: enough to be worth starting two streams from memory, few enough to share out evenly."""
 
 REGION, BEGIN, COUNT, FIRST_TASK, PARTS = range(5)
 """Columns of the table of tasks: the region, its slots `BEGIN .. BEGIN + COUNT`, and the tasks it is cut into."""
 COLUMNS = 5
+
+
+class _Scratch(threading.local):
+    def __init__(self) -> None:
+        self.bytes = torch.empty(0, dtype=torch.uint8)
+
+
+_SCRATCH = _Scratch()
+
+
+def scratch(size: int) -> Tensor:
+    """At least `size` bytes for the current Python thread, until its next call: allocating anew costs microseconds."""
+    if _SCRATCH.bytes.numel() < size:
+        _SCRATCH.bytes = torch.empty(size, dtype=torch.uint8)
+    return _SCRATCH.bytes
 
 
 def most_tasks(regions: int, slots: int) -> int:

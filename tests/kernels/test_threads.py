@@ -13,14 +13,15 @@ import pytest
 import torch
 from torch import Tensor
 
-from headkv_mm.kernels import cpu
+from headkv_mm.kernels import cpu, reference
 from headkv_mm.kernels.cpu import threads
+from headkv_mm.kernels.cpu.parts import PART
 
-from .triton_cases import Storage, storage
-from .triton_checks import CHECKS
+from .triton_cases import Storage, close, storage
+from .triton_checks import CHECKS, decode_case
 
-# One region longer than all others together, so that the threads finish at different times.
-LENGTHS = [[900, 3, 0, 40], [20, 400, 31, 1]]
+# One region longer than all others together, so that the threads share it, and one that grows into a second part.
+LENGTHS = [[1900, 3, 0, 40], [20, 500, 31, 1]]
 
 
 @pytest.fixture(autouse=True)
@@ -53,7 +54,7 @@ def test_job_is_big_enough_for_two_threads() -> None:
 
 @pytest.mark.parametrize("fork", [threads.torch_fork, threads.numba_fork])
 def test_threads_compute_what_one_computes(fork: object, monkeypatch: pytest.MonkeyPatch) -> None:
-    """To the bit: a region is the work of one thread, whichever that is. Both ways to fork must exist here."""
+    """To the bit: a region is cut at the same slots on any number of threads. Both ways to fork must exist here."""
     alone = big_storage(20)
     torch.set_num_threads(1)
     expected = steps(alone, 20)
@@ -73,6 +74,43 @@ def test_threads_compute_what_one_computes(fork: object, monkeypatch: pytest.Mon
         assert torch.equal(got, want)
     assert used == [2] * 20
     torch.testing.assert_close(shared.mass, alone.mass, atol=0, rtol=0, equal_nan=True)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
+def test_a_single_long_region_is_shared(dtype: torch.dtype) -> None:
+    """Parts, merged, against the float64 reference, with every option; lengths around whole parts."""
+    for n in (PART - 1, PART, PART + 1, 2 * PART + 1, 5 * PART + 7):
+        s = storage([[n]], 64, dtype, "cpu", slack=4)
+        assert threads.thread_count(s.keys.numel()) == 2 or n < 2 * PART
+        for append in (True, False):
+            decode_case(cpu, s, 3, append=append, softcap=3.0, sinks=True, mass=True)
+        decode_case(cpu, s, 1, append=True)
+
+
+def test_nan_in_a_part_is_not_hidden() -> None:
+    """Also where no logit of the part is a number: the maximum over them is then -inf."""
+    s = storage([[3 * PART]], 16, torch.float32, "cpu")
+    begin = int(s.start)
+    s.keys[begin : begin + PART] = float("nan")
+    out = cpu.ragged_decode(s.normal(1, 1, 16), s.keys, s.values, s.start, s.length, scale=0.25)
+    assert out.isnan().all()
+
+
+def test_logits_of_minus_infinity_in_one_part() -> None:
+    s = storage([[3 * PART]], 16, torch.float32, "cpu")
+    begin, query = int(s.start), torch.ones(1, 1, 16)
+    s.keys[begin + PART : begin + 3 * PART, 0] = float("-inf")
+    out = cpu.ragged_decode(query, s.keys, s.values, s.start, s.length, scale=0.25)
+    close(out, reference.ragged_decode(query, s.keys, s.values, s.start, s.length, scale=0.25), 1e-5)
+
+
+def test_regions_that_overlap_stay_inside_their_scratch() -> None:
+    """A contract broken: more slots in the lengths than there are. Reading alone is defined, and must be right."""
+    s = storage([[4 * PART]], 16, torch.float32, "cpu")
+    start, length = s.start.expand(9, 1).contiguous(), s.length.expand(9, 1).contiguous()
+    query = s.normal(9, 1, 16)
+    out = cpu.ragged_decode(query, s.keys, s.values, start, length, scale=0.25)
+    close(out, reference.ragged_decode(query, s.keys, s.values, start, length, scale=0.25), 1e-5)
 
 
 def test_every_kernel_on_two_threads(monkeypatch: pytest.MonkeyPatch) -> None:
