@@ -19,6 +19,7 @@ from transformers.cache_utils import Cache, DynamicCache, DynamicLayer
 
 from headkv_mm.attention import implementation_over
 from headkv_mm.cache import HeadKVCache
+from headkv_mm.evaluation.text.remembered import Scores, remembering
 from headkv_mm.layer import LAYER_ATTRIBUTE, AttentionOutput
 
 
@@ -87,6 +88,7 @@ class Recording(Cache):  # type: ignore[misc,unused-ignore]
         config = model.config.get_text_config(decoder=True)
         if config._attn_implementation is not None:
             config._attn_implementation = implementation_over(config._attn_implementation)
+        self.scores: Scores = {}
         layers = DynamicCache(config=config).layers
         super().__init__(layers=[RecordingLayer() if type(layer) is DynamicLayer else layer for layer in layers])
 
@@ -105,14 +107,15 @@ def replay(recording: Recording, cache: HeadKVCache) -> None:
             raise RuntimeError("nothing was recorded: read a prompt into the recording first")
         call = recorded.call
         layer.update(call.keys, call.values)
-        layer.attend(
-            call.query,
-            call.mask,
-            scale=call.scale,
-            stock=partial(_unread, call.query.transpose(1, 2)),  # [B, T, H, D], as an output has it
-            softcap=call.softcap,
-            sinks=call.sinks,
-        )
+        with remembering(layer, recording.scores):
+            layer.attend(
+                call.query,
+                call.mask,
+                scale=call.scale,
+                stock=partial(_unread, call.query.transpose(1, 2)),  # [B, T, H, D], as an output has it
+                softcap=call.softcap,
+                sinks=call.sinks,
+            )
 
 
 def _unread(output: Tensor) -> AttentionOutput:
