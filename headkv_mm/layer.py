@@ -333,6 +333,7 @@ class HeadKVLayer(CacheLayerMixin):
             head_dim=keys.shape[-1],
             itemsize=keys.element_size(),
             condition=0 if self.grid is None else longest + self.grid.start,
+            allocations=2 if self.grid is None else 1,
         )
         self._set_plan(self._make_plan(pieces, cost))
 

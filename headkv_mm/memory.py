@@ -109,6 +109,7 @@ def storage_cost(
     head_dim: int,
     itemsize: int,
     condition: int,
+    allocations: int = 1,
 ) -> StorageCost:
     """What the entries of a method cost in a model, bookkeeping included.
 
@@ -119,15 +120,17 @@ def storage_cost(
         heads, kv_heads, head_dim: H, G, D.
         itemsize: bytes of one number of the cache.
         condition: condition tokens of the longest row.
+        allocations: how many are held: a text's also as it was decided, to grow from.
     """
     scorer = pieces.scorer
     per_slot = 2 * head_dim * itemsize + 4  # keys, values, position
     per_row = 3 * 4  # condition, tokens seen, padding
-    per_region = 5 * 4 + 1  # start, length, capacity, target, window, type
+    per_region = 3 * 4 + allocations * (2 * 4 + 1)  # start, length, capacity; targets, windows, types
     if scorer.attention_window(_ANY_PLAN) > 0:
         per_slot += 4
     if scorer.needs_mean_query:
         per_row += heads * head_dim * 4
+    per_row += scorer.queries_needed(_ANY_PLAN, decoding=True) * heads * head_dim * itemsize
     return StorageCost(
         per_entry=layers * rows * kv_heads * per_slot,
         fixed=layers * rows * (per_row + kv_heads * per_region),

@@ -187,7 +187,7 @@ class TextCompressor(LayerCompressor):
         super().select_rows(rows)
         for name in ("_decided", "_made_for", "row_entries"):
             values = getattr(self, name)
-            setattr(self, name, [values[row] for row in rows.tolist()])
+            setattr(self, name, values and [values[row] for row in rows.tolist()])
 
     def copy(self, *, evicts: bool) -> TextCompressor:
         """The same content with a storage of its own.
@@ -265,9 +265,9 @@ class TextCompressor(LayerCompressor):
 
     @property
     def tensors(self) -> list[Tensor]:
-        """Every tensor that is held; where a budget grows, also the allocations that it grew from."""
-        grown = [row for row in self._decided if row is not None] if isinstance(self.plan.budget, float) else []
-        return [*super().tensors, *(tensor for row in grown for tensor in tensor_fields(row).values())]
+        """Every tensor that is held, the allocations as they were decided included."""
+        decided = [tensor for row in self._decided if row is not None for tensor in tensor_fields(row).values()]
+        return [*super().tensors, *decided]
 
     def _set_budgets(self, entries: list[int]) -> None:
         """Set how many entries a head of each row keeps on the average, and how many of them are sinks."""
@@ -400,11 +400,11 @@ def _row(allocation: Allocation, row: int) -> Allocation:
     """One row of an allocation."""
     part = slice(row, row + 1)
     return Allocation(
-        targets=allocation.targets[part],
-        windows=allocation.windows[part],
+        targets=allocation.targets[part].clone(),
+        windows=allocation.windows[part].clone(),
         row_totals=allocation.row_totals[part],
         largest=allocation.largest,
-        local=None if allocation.local is None else allocation.local[part],
+        local=None if allocation.local is None else allocation.local[part].clone(),
     )
 
 
