@@ -1,0 +1,257 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Head tables: how much each attention head of one model matters, measured once and kept as a JSON file."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .fingerprint import fingerprint
+
+FORMAT = "headkv-mm head table"
+VERSION = 1
+KINDS = ("r2",)
+"""How the scores were measured; "r2": retrieval and reasoning (arXiv 2410.19258), see `headkv_mm.calibration`."""
+SHIPPED_NAME = "heads.json"
+"""The embedded model's table lies beside its weights under this name."""
+
+_MAKE_ONE = "make one with `headkv-mm heads MODEL --output FILE.json`"
+_MOST_BYTES = 1 << 26
+
+
+@dataclass(frozen=True)
+class HeadTable:
+    """Scores of all query heads of one model.
+
+    The layers are the model's full-attention layers in order, those that a `HeadKVCache` compresses.
+
+    Attributes:
+        kind: one of `KINDS`.
+        fingerprint: of the model, see `headkv_mm.fingerprint`.
+        scores: [L][H] numbers that are finite, not negative and not all zero; their scale has no meaning.
+        kv_heads: G, KV heads per layer; query heads h*H/G ... (h+1)*H/G - 1 share KV head h.
+        examples: prompts that were tried.
+        answered: prompts that were answered right, the only ones that count.
+        settings: how it was measured, as JSON types.
+        versions: of what was installed then.
+
+    Raises:
+        ValueError: if these do not fit together.
+    """
+
+    kind: str
+    fingerprint: str
+    scores: tuple[tuple[float, ...], ...]
+    kv_heads: int
+    examples: int
+    answered: int
+    settings: Mapping[str, Any] = field(default_factory=dict)
+    versions: Mapping[str, str | None] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        if self.kind not in KINDS:
+            raise ValueError(f"head tables of kind {self.kind!r} are unknown; known: {', '.join(KINDS)}")
+        if not self.scores or not self.scores[0] or any(len(row) != len(self.scores[0]) for row in self.scores):
+            raise ValueError("scores must be a list of layers with the same number of query heads each, at least one")
+        if self.kv_heads < 1 or self.query_heads % self.kv_heads:
+            raise ValueError(f"{self.query_heads} query heads cannot be shared among {self.kv_heads} KV heads")
+        numbers = [score for row in self.scores for score in row]
+        if not all(math.isfinite(score) and score >= 0 for score in numbers):
+            raise ValueError("scores must be finite numbers that are not negative")
+        if sum(numbers) <= 0:
+            raise ValueError("the scores are all zero, so they tell no head from another")
+        if not 1 <= self.answered <= self.examples:
+            raise ValueError(f"{self.answered} of {self.examples} examples cannot have been answered right")
+
+    @property
+    def layers(self) -> int:
+        """L, full-attention layers."""
+        return len(self.scores)
+
+    @property
+    def query_heads(self) -> int:
+        """H, query heads per layer."""
+        return len(self.scores[0])
+
+    def kv_scores(self) -> Tensor:
+        """Scores of the KV heads, [L, G] float64: sums over their query heads, divided by the sum of all."""
+        scores = torch.tensor(self.scores, dtype=torch.float64).unflatten(1, (self.kv_heads, -1)).sum(-1)
+        return scores / scores.sum()
+
+
+def save_head_table(table: HeadTable, path: str | os.PathLike[str]) -> None:
+    """Write a table as JSON; the file appears whole or not at all."""
+    target = Path(path)
+    temporary = target.with_name(f".{target.name}.{os.getpid()}.tmp")
+    try:
+        temporary.write_text(_written(table), encoding="utf-8")
+        os.replace(temporary, target)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def load_head_table(path: str | os.PathLike[str]) -> HeadTable:
+    """Read a table; whether it is the one of a certain model is for `check_head_table` to say.
+
+    Raises:
+        ValueError: if the file is no head table, of another version, or damaged.
+        FileNotFoundError: if there is none.
+    """
+    name = os.fspath(path)
+    if not Path(path).is_file():
+        raise FileNotFoundError(f"{name}: there is no such head table; {_MAKE_ONE}")
+    if Path(path).stat().st_size > _MOST_BYTES:
+        raise ValueError(f"{name} is no head table: it is larger than any could be")
+    try:
+        content = json.loads(Path(path).read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:  # broken JSON or broken UTF-8
+        raise ValueError(f"{name} is no head table: {str(error).splitlines()[0]}; {_MAKE_ONE}") from None
+    if not isinstance(content, dict) or content.get("format") != FORMAT:
+        raise ValueError(f"{name} is no head table; {_MAKE_ONE}")
+    if content.get("version") != VERSION:
+        raise ValueError(
+            f"{name} has version {content.get('version')!r} of the format, and this package reads {VERSION}; {_MAKE_ONE}"
+        )
+    try:
+        return _read(content)
+    except (ValueError, TypeError, OverflowError) as error:  # the last one for whole numbers that no float holds
+        raise ValueError(f"{name} is damaged: {error}; {_MAKE_ONE}") from None
+
+
+def check_head_table(table: HeadTable, model_or_config: Any) -> None:
+    """Refuse a table of another model.
+
+    Args:
+        table: the table.
+        model_or_config: a transformers model; of a configuration alone only the shape can be compared.
+
+    Raises:
+        ValueError: if the shape or the fingerprint differs.
+    """
+    found = (table.layers, table.query_heads, table.kv_heads)
+    wanted = _shape(_config(model_or_config))
+    if found != wanted:
+        kinds = ("layers", "query heads", "KV heads")
+        has = ", ".join(f"{number} {kind}" for number, kind in zip(found, kinds))
+        needs = ", ".join(f"{number} {kind}" for number, kind in zip(wanted, kinds))
+        raise ValueError(f"the head table is of another model: it has {has}, and the model has {needs}; {_MAKE_ONE}")
+    if _is_model(model_or_config) and table.fingerprint != fingerprint(model_or_config):
+        raise ValueError(
+            "the head table was measured on another model, or on other weights of it (its fingerprint is "
+            f"{table.fingerprint}, the model's {fingerprint(model_or_config)}); {_MAKE_ONE}"
+        )
+
+
+def head_table_for(model_or_config: Any, table: str | os.PathLike[str] | None = None) -> HeadTable:
+    """The head table to use with a model.
+
+    Args:
+        model_or_config: a transformers model; a configuration will do if `table` is given.
+        table: file of a table; None for the one that ships with the embedded language model.
+
+    Raises:
+        ValueError: if the table is of another model or unreadable, or if none is given and none ships for this model.
+        FileNotFoundError: if there is no such file.
+    """
+    if table is not None:
+        found = load_head_table(table)
+        check_head_table(found, model_or_config)
+        return found
+    shipped = _shipped()
+    if shipped is not None and _is_model(model_or_config):
+        try:
+            check_head_table(shipped, model_or_config)
+        except ValueError:
+            pass  # another model: there is no table for it yet
+        else:
+            return shipped
+    raise ValueError(f"there is no head table for this model; {_MAKE_ONE} and pass table='FILE.json'")
+
+
+def _shipped() -> HeadTable | None:
+    """The embedded language model's table, None if it was not installed."""
+    from .demo import text_model_path
+
+    try:
+        return load_head_table(text_model_path() / SHIPPED_NAME)
+    except FileNotFoundError:
+        return None
+
+
+def _written(table: HeadTable) -> str:
+    """The table as JSON text, one layer per line."""
+    fields = asdict(table)
+    scores = fields.pop("scores")
+    head = {
+        "format": FORMAT,
+        "version": VERSION,
+        "kind": fields.pop("kind"),
+        "fingerprint": fields.pop("fingerprint"),
+        "layers": table.layers,
+        "query_heads": table.query_heads,
+        **fields,
+    }
+    lines = ",\n".join(f"  {json.dumps(row, allow_nan=False)}" for row in scores)
+    text = json.dumps(head, indent=1, ensure_ascii=False, allow_nan=False)
+    return f'{text.removesuffix(chr(10) + "}")},\n "scores": [\n{lines}\n ]\n}}\n'
+
+
+def _read(content: Mapping[str, Any]) -> HeadTable:
+    """A table from what its file holds.
+
+    Raises:
+        ValueError: for what is missing or does not fit.
+        TypeError: for a value of a wrong type.
+    """
+    texts = {name: _typed(content, name, str) for name in ("kind", "fingerprint")}
+    numbers = {
+        name: _typed(content, name, int) for name in ("layers", "query_heads", "kv_heads", "examples", "answered")
+    }
+    mappings = {name: _typed(content, name, dict) for name in ("settings", "versions")}
+    layers, query_heads = numbers.pop("layers"), numbers.pop("query_heads")
+    scores = tuple(_row(row) for row in _typed(content, "scores", list))
+    if len(scores) != layers or any(len(row) != query_heads for row in scores):
+        raise ValueError(f"scores must have {layers} layers of {query_heads} query heads")
+    return HeadTable(scores=scores, **texts, **numbers, **mappings)
+
+
+def _typed(content: Mapping[str, Any], name: str, kind: type) -> Any:
+    value = content.get(name)
+    if not isinstance(value, kind) or isinstance(value, bool):
+        raise TypeError(f"{name} must be of type {kind.__name__}, got {type(value).__name__}")
+    return value
+
+
+def _row(row: object) -> tuple[float, ...]:
+    if not isinstance(row, Sequence) or isinstance(row, str):
+        raise TypeError("every layer of the scores must be a list")
+    if not all(isinstance(score, (int, float)) and not isinstance(score, bool) for score in row):
+        raise TypeError("scores must be numbers")
+    return tuple(float(score) for score in row)
+
+
+def _is_model(model_or_config: Any) -> bool:
+    return isinstance(model_or_config, torch.nn.Module)
+
+
+def _config(model_or_config: Any) -> Any:
+    """The configuration of the text part."""
+    config = model_or_config.config if _is_model(model_or_config) else model_or_config
+    return config.get_text_config(decoder=True)
+
+
+def _shape(config: Any) -> tuple[int, int, int]:
+    """Full-attention layers, query heads and KV heads."""
+    from transformers.cache_utils import DynamicCache, DynamicLayer
+
+    full = sum(type(layer) is DynamicLayer for layer in DynamicCache(config=config).layers)
+    heads = int(config.num_attention_heads)
+    return full, heads, int(getattr(config, "num_key_value_heads", None) or heads)
