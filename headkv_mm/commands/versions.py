@@ -6,7 +6,18 @@ from __future__ import annotations
 import platform
 from importlib import metadata
 
-PACKAGES = ("torch", "transformers", "numba", "triton", "numpy", "safetensors", "accelerate", "diffusers", "pillow")
+PACKAGES = (
+    "torch",
+    "transformers",
+    "numba",
+    "triton",
+    "numpy",
+    "safetensors",
+    "accelerate",
+    "diffusers",
+    "pillow",
+    "pypdf",
+)
 
 
 def versions() -> dict[str, str | None]:

@@ -58,7 +58,7 @@ def test_the_full_cache_gives_what_plain_generation_gives(qa: LongDocumentQAPipe
     for settings in ({"kv_compression": None}, {"kv_budget": 1.0}):
         full = qa.read(text=TEXT, **settings)
         assert [answer.text for answer in full.ask(QUESTIONS)] == [_stock(qa, question) for question in QUESTIONS]
-        assert full.report.nbytes == full.report.nbytes_full
+        assert full.report.nbytes == pytest.approx(full.report.nbytes_full, rel=1e-3)
         assert full.report.kept == full.report.tokens
 
 
