@@ -2,8 +2,9 @@
 """Decode attention over a ragged cache against dense attention over the full one, on the CPU.
 
 One step is one token: for every layer, `append_decode` (write the new entry, attend over what the heads kept) against
-torch's `scaled_dot_product_attention` over the full length (which is spared the write). The two take turns, so that a
-busy machine disturbs both. Decoding is bound by memory, so the ratio of the bytes read is what one can hope for.
+torch's `scaled_dot_product_attention` over the full length (which is spared the write, and gets the query heads of a
+group as the rows of one query, which is its fastest way: no key is read twice). The two take turns, so that a busy
+machine disturbs both. Decoding is bound by memory, so the ratio of the bytes read is what one can hope for.
 
 The same call is first compared with the float64 reference. Without agreement nothing is timed.
 """
@@ -31,10 +32,13 @@ from headkv_mm.kernels import reference
 
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 TOLERANCE = {torch.float32: 1e-5, torch.float16: 3e-3, torch.bfloat16: 3e-2}
-BATCH = 2
 EXAMPLE = """example:
   python benchmarks/ragged_decode.py --threads 1
-  python benchmarks/ragged_decode.py --rows 64 --tokens 2304 --dtype bfloat16 --json output/ragged_decode.json"""
+  python benchmarks/ragged_decode.py --rows 64 --tokens 2304 --dtype bfloat16 --json output/ragged_decode.json
+
+5 % of a context of 16,384 tokens, at the shape of an 8B model:
+  python benchmarks/ragged_decode.py --batch 1 --rows 8 --group 4 --head-size 128 --tokens 16384 --layers 16 \\
+      --distributions equal --keep 0.05 --threads 1"""
 
 
 @dataclass
@@ -53,8 +57,16 @@ class Layer:
         return Layer(self.keys.double(), self.values.double(), *ints)
 
 
-def draw_lengths(distribution: str, shape: tuple[int, int], tokens: int, generator: torch.Generator) -> Tensor:
-    """Lengths after the step: uniform in 5 .. 100 % of the tokens, or one head in five keeps all and the rest few."""
+def draw_lengths(
+    distribution: str, shape: tuple[int, int], tokens: int, keep: float, generator: torch.Generator
+) -> Tensor:
+    """Lengths after the step.
+
+    "equal": a share `keep` of the tokens everywhere. "uniform": in 5 .. 100 % of them. "skewed": one head in five keeps
+    all, and the rest few.
+    """
+    if distribution == "equal":
+        return torch.full(shape, max(1, int(tokens * keep)))
     if distribution == "uniform":
         return torch.randint(tokens // 20, tokens + 1, shape, generator=generator)
     few = torch.randint(tokens // 30, tokens // 10, shape, generator=generator)
@@ -76,38 +88,54 @@ class Problem:
     def __init__(self, distribution: str, options: argparse.Namespace) -> None:
         self.dtype = DTYPES[options.dtype]
         generator = torch.Generator().manual_seed(options.seed)
-        heads, size, tokens = options.rows // BATCH, options.head_size, options.tokens
-        lengths = [draw_lengths(distribution, (BATCH, heads), tokens, generator) for _ in range(options.layers)]
+        batch, size, tokens = options.batch, options.head_size, options.tokens
+        shape = (batch, options.rows // batch)
+        lengths = [draw_lengths(distribution, shape, tokens, options.keep, generator) for _ in range(options.layers)]
         self.layers = [build_layer(n, size, self.dtype, generator) for n in lengths]
         self.full = [
-            torch.randn(2, BATCH, heads, tokens, size, generator=generator).to(self.dtype)
-            for _ in range(options.layers)
+            torch.randn(2, *shape, tokens, size, generator=generator).to(self.dtype) for _ in range(options.layers)
         ]
-        self.query = torch.randn(BATCH, heads * options.group, size, generator=generator).to(self.dtype)
-        self.new = torch.randn(2, BATCH, heads, size, generator=generator).to(self.dtype)
-        self.positions = torch.full((BATCH,), tokens, dtype=torch.int32)
+        self.query = torch.randn(batch, shape[1] * options.group, size, generator=generator).to(self.dtype)
+        self.new_keys, self.new_values = (torch.randn(*shape, size, generator=generator).to(self.dtype) for _ in "kv")
+        self.positions = torch.full((batch,), tokens, dtype=torch.int32)
         self.scale = size**-0.5
         self.byte_ratio = options.layers * options.rows * tokens / sum(int(n.sum()) for n in lengths)
-
-    def decode(self, layer: Layer, backend: Any, dtype: torch.dtype) -> Tensor:
-        """One layer's step; takes the entry back, so that every step has the same work."""
-        query, new = self.query.to(dtype), self.new.to(dtype)
-        storage = (layer.keys, layer.values, layer.positions, layer.start, layer.length)
-        out: Tensor = backend.append_decode(query, new[0], new[1], self.positions, *storage, scale=self.scale)
-        layer.length.sub_(1)
-        return out
 
     def ours(self) -> None:
         """One token, all layers."""
         for layer in self.layers:
-            self.decode(layer, kernels, self.dtype)
+            kernels.append_decode(
+                self.query,
+                self.new_keys,
+                self.new_values,
+                self.positions,
+                layer.keys,
+                layer.values,
+                layer.positions,
+                layer.start,
+                layer.length,
+                scale=self.scale,
+            )
+
+    def take_back(self) -> None:
+        """Forget the entries that a step appended, so that every step has the same work."""
+        for layer in self.layers:
+            layer.length.sub_(1)
 
     def dense(self) -> None:
         """One token, all layers, over the full length."""
-        query = self.query[:, :, None]
-        grouped = self.query.shape[1] != self.new.shape[2]
+        batch, heads, _, size = self.full[0][0].shape
+        query = self.query.view(batch, heads, -1, size)  # [B, G, R, D]
         for keys, values in self.full:
-            torch.nn.functional.scaled_dot_product_attention(query, keys, values, scale=self.scale, enable_gqa=grouped)
+            torch.nn.functional.scaled_dot_product_attention(query, keys, values, scale=self.scale)
+
+    def decode(self, layer: Layer, backend: Any, dtype: torch.dtype) -> Tensor:
+        """One layer's step, and back."""
+        entry = (self.new_keys.to(dtype), self.new_values.to(dtype), self.positions)
+        storage = (layer.keys, layer.values, layer.positions, layer.start, layer.length)
+        out: Tensor = backend.append_decode(self.query.to(dtype), *entry, *storage, scale=self.scale)
+        layer.length.sub_(1)
+        return out
 
     def check(self) -> float:
         """Largest error of the timed call against the float64 reference, over all layers."""
@@ -121,8 +149,10 @@ class Problem:
         return worst
 
 
-def measure(steps: dict[str, Callable[[], None]], repeats: int) -> dict[str, dict[str, float]]:
-    """Median milliseconds per step, wall and processor time of the process, taking turns."""
+def measure(
+    steps: dict[str, Callable[[], None]], repeats: int, between: Callable[[], None]
+) -> dict[str, dict[str, float]]:
+    """Median milliseconds per step, wall and processor time of the process, taking turns. `between` is not timed."""
     samples: dict[str, list[tuple[float, float]]] = {name: [] for name in steps}
     for repeat in range(repeats + 2):
         for name, step in steps.items():
@@ -131,6 +161,7 @@ def measure(steps: dict[str, Callable[[], None]], repeats: int) -> dict[str, dic
             sample = (time.perf_counter() - wall, time.process_time() - cpu)
             if repeat >= 2:  # the first rounds fill caches and wake threads
                 samples[name].append(sample)
+        between()
     return {
         name: {
             "wall_ms": 1e3 * statistics.median(wall for wall, _ in taken),
@@ -154,7 +185,7 @@ def run_distribution(distribution: str, options: argparse.Namespace) -> dict[str
             f"{distribution}: the {kernels.backend_for(problem.query)} kernel is off by {error:.1e} from the float64 "
             f"reference ({limit:.0e} allowed), so no speed-up is reported"
         )
-    times = measure({"ours": problem.ours, "dense": problem.dense}, options.repeats)
+    times = measure({"ours": problem.ours, "dense": problem.dense}, options.repeats, problem.take_back)
     speedup = {clock: times["dense"][f"{clock}_ms"] / times["ours"][f"{clock}_ms"] for clock in ("wall", "cpu")}
     return {
         "distribution": distribution,
@@ -202,8 +233,9 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
         description=(__doc__ or "").strip(), epilog=EXAMPLE, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--layers", type=int, default=24, help="layers per token (default %(default)s)")
+    parser.add_argument("--batch", type=int, default=2, help="(default %(default)s)")
     parser.add_argument(
-        "--rows", type=int, default=32, help=f"regions per layer, {BATCH} x KV heads (default %(default)s)"
+        "--rows", type=int, default=32, help="regions per layer, batch x KV heads (default %(default)s)"
     )
     parser.add_argument("--tokens", type=int, default=600, help="length of the full cache (default %(default)s)")
     parser.add_argument("--head-size", type=int, default=64, help="(default %(default)s)")
@@ -211,15 +243,28 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--dtype", choices=DTYPES, default="float32", help="(default %(default)s)")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="for both (default %(default)s)")
     parser.add_argument("--repeats", type=int, default=30, help="timed steps of each (default %(default)s)")
-    parser.add_argument("--distributions", nargs="+", choices=("uniform", "skewed"), default=["uniform", "skewed"])
+    parser.add_argument(
+        "--distributions", nargs="+", choices=("uniform", "skewed", "equal"), default=["uniform", "skewed"]
+    )
+    parser.add_argument("--keep", type=float, default=0.05, help='share kept by "equal" (default %(default)s)')
     parser.add_argument("--seed", type=int, default=0, help="(default %(default)s)")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the numbers there as well")
     options = parser.parse_args(arguments)
-    for name, least in (("layers", 1), ("rows", BATCH), ("tokens", 30), ("group", 1), ("threads", 1), ("repeats", 1)):
+    for name, least in (
+        ("layers", 1),
+        ("batch", 1),
+        ("rows", 1),
+        ("tokens", 30),
+        ("group", 1),
+        ("threads", 1),
+        ("repeats", 1),
+    ):
         if getattr(options, name) < least:
             parser.error(f"--{name} must be at least {least}, got {getattr(options, name)}")
-    if options.rows % BATCH:
-        parser.error(f"--rows must be a multiple of {BATCH}, got {options.rows}")
+    if options.rows % options.batch:
+        parser.error(f"--rows must be a multiple of --batch ({options.batch}), got {options.rows}")
+    if not 0 < options.keep <= 1:
+        parser.error(f"--keep must be above 0 and at most 1, got {options.keep}")
     return options
 
 
