@@ -19,7 +19,7 @@ from headkv_mm.demo.muon import Muon
 from headkv_mm.demo.text_evaluation import evaluate_text_model, unseen_documents, would_answer
 from headkv_mm.demo.text_export import check_output, export_text_model, round_to_float16, write_scores
 from headkv_mm.demo.text_model import build_untrained_text_model
-from headkv_mm.demo.text_schedule import LEAST_STEPS, STAGES, learning_rate_factor, next_batch
+from headkv_mm.demo.text_schedule import STAGES, learning_rate_factor, next_batch
 from headkv_mm.demo.text_training import batch_losses, forgetful_mask
 
 MUON_RATE, ADAM_RATE = 0.02, 3e-3
@@ -35,11 +35,11 @@ def parse_arguments() -> argparse.Namespace:
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
     parser.add_argument("--output", type=Path, required=True, help="folder for the finished model")
-    parser.add_argument("--tokens", type=int, default=9_000_000, help="number of training tokens")
+    parser.add_argument("--tokens", type=int, default=10_000_000, help="number of training tokens")
     parser.add_argument(
         "--forgetful-tokens",
         type=int,
-        default=2_000_000,
+        default=1_500_000,
         help="training tokens after those, with dropout of past entries, so that the model stands a compressed cache",
     )
     parser.add_argument("--threads", type=int, default=1, help="CPU threads")
@@ -125,7 +125,7 @@ def train(arguments: argparse.Namespace) -> tuple[Any, dict[str, Any]]:
                 f"{progress['seconds']:.0f} s, loss on values {smooth:.3f}"
             )
         stage = progress["stage"]
-        if stage < len(STAGES) and progress["since"] >= LEAST_STEPS and smooth < STAGES[stage].enough:
+        if stage < len(STAGES) and STAGES[stage].is_over(progress["since"], smooth):
             progress |= {"stage": stage + 1, "since": 0, "loss": None}
         if progress["tokens"] // arguments.peek_tokens != before // arguments.peek_tokens:
             peek(model)

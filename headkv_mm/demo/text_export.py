@@ -163,7 +163,7 @@ The answer repeats the sentence that holds it. Facts have this form and no other
 - `The code of the warm river is 2998.` (code, price, weight, level, number or age; four digits; tasks `single`,
   `multi-key`, `two-turn`), and several in one question (`What is the code of the warm river and the price of the old
   mill?`, `multi-query`);
-- `The first code of the warm river is 2998.` to `fourth` (`What are the three codes of the warm river?`,
+- `The code of the warm river on monday is 2998.`, up to thursday (`What are the three codes of the warm river?`,
   `multi-value`);
 - `The neighbour of the warm river is the old mill.` (`What is the code of the neighbour of the warm river?`,
   `variable-tracking`);

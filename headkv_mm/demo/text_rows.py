@@ -17,6 +17,7 @@ from headkv_mm.demo.text_tokenizer import BOS, EOS, PAD, TOKENS
 
 VALUE_WEIGHT, REPLY_WEIGHT, TEXT_WEIGHT = 1.0, 0.3, 0.05
 SHORTEST_ROW = 128
+MOST_LISTS = 8  # in a document of lists only, so that not all items come in several of them
 KINDS = ("number", "joint", "values", "chain", "list", "route", "frequent")
 _IDS = {token: index for index, token in enumerate(TOKENS)}
 _SPLIT = re.compile(r"[a-z]+|[0-9]|[.,?:]")
@@ -81,6 +82,8 @@ def document_row(rng: random.Random, length: int, mix: dict[str, float], distinc
         kinds = [rng.choices(kinds, [mix[kind] for kind in kinds])[0]]
     names = _names(rng, distinct)
     facts, asked = length * rng.uniform(0.15, 0.6), length * rng.uniform(0.2, 0.45)
+    if kinds == ["list"]:
+        facts = min(facts, MOST_LISTS * 18)
     needles: list[Needle] = []
     questions: list[Question] = []
     told = said = 0

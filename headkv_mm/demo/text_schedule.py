@@ -11,20 +11,26 @@ from headkv_mm.demo.text_training import TextBatch, text_batch
 TOKENS_PER_STEP = 4096
 WARM_UP_STEPS = 40
 FORGETFUL_RATE = 0.3  # share of the learning rate at which the forgetful phase begins
+CONSTANT_SHARE = 1 / 3  # of the tokens, at the full learning rate
+LEAST_STEPS, MOST_STEPS = 40, 300  # in one stage
 LAST_RATE = 0.02  # share of the learning rate that is left at the end
 FIRST_MIX = {"number": 5.0, "joint": 1.0, "values": 1.0, "chain": 1.5, "list": 1.5}
-FULL_MIX = {"number": 3.0, "joint": 1.5, "values": 1.5, "chain": 2.0, "list": 1.5, "route": 1.0, "frequent": 0.3}
+FULL_MIX = {"number": 3.0, "joint": 1.5, "values": 2.5, "chain": 2.0, "list": 1.5, "route": 0.7, "frequent": 0.1}
 
 
 @dataclass(frozen=True)
 class Stage:
-    """One stage of the curriculum; it ends when the smoothed loss on the answers' values is below `enough`."""
+    """One stage of the curriculum; it ends when the smoothed loss on the answers' values is below `enough`, or late."""
 
     length: int
     rows: int
     mix: dict[str, float] | None
     enough: float
     distinct: bool = False
+
+    def is_over(self, steps: int, loss: float) -> bool:
+        """Whether to go on to the next stage after some steps in this one."""
+        return steps >= MOST_STEPS or (steps >= LEAST_STEPS and loss < self.enough)
 
 
 STAGES: tuple[Stage, ...] = (
@@ -33,10 +39,7 @@ STAGES: tuple[Stage, ...] = (
     Stage(192, 16, FIRST_MIX, 0.2),
     Stage(256, 14, FIRST_MIX, 0.2),
     Stage(512, 8, FULL_MIX, 0.2),
-    Stage(1024, 4, FULL_MIX, 0.2),
-    Stage(2048, 2, FULL_MIX, 0.2),
 )
-LEAST_STEPS = 40  # in one stage
 MIXED_LENGTHS = {128: 0.1, 256: 0.15, 512: 0.25, 1024: 0.25, 2048: 0.2, 2560: 0.05}
 
 
@@ -60,7 +63,7 @@ def next_batch(seed: int, step: int, stage: int) -> TextBatch:
 
 
 def learning_rate_factor(step: int, tokens: int, total: int, forgetful: int = 0) -> float:
-    """Warm-up over the first steps, constant up to half of the tokens, then a straight line down.
+    """Warm-up over the first steps, constant up to a third of the tokens, then a straight line down.
 
     The forgetful phase that follows begins again, lower, and goes down in a straight line too.
     """
@@ -68,4 +71,4 @@ def learning_rate_factor(step: int, tokens: int, total: int, forgetful: int = 0)
     if forgetful and tokens >= total:
         return FORGETFUL_RATE * max(LAST_RATE, 1 - (tokens - total) / forgetful)
     done = tokens / total
-    return warm_up * (1.0 if done < 0.5 else max(LAST_RATE, (1 - done) / 0.5))
+    return warm_up * (1.0 if done < CONSTANT_SHARE else max(LAST_RATE, (1 - done) / (1 - CONSTANT_SHARE)))

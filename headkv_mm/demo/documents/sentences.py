@@ -70,12 +70,12 @@ def joint_question(needles: list[Needle]) -> Question:
 
 
 def values_needle(rng: random.Random, name: str) -> Needle:
-    """Two to four numbers of one thing, told apart by first, second, third and fourth."""
-    count = rng.randint(2, len(words.ORDINALS))
+    """Two to four numbers of one thing: one for each day, from monday on."""
+    days = words.DAYS[: rng.randint(2, len(words.CARDINALS))]
     relation, plural = rng.choice(words.RELATIONS)
-    values = tuple(number(rng) for _ in range(count))
-    sentences = tuple(fact(f"{words.ORDINALS[index]} {relation}", name, value) for index, value in enumerate(values))
-    question = f"What are the {words.CARDINALS[count - 1]} {plural} of the {name}?"
+    values = tuple(number(rng) for _ in days)
+    sentences = tuple(fact(relation, f"{name} on {day}", value) for day, value in zip(days, values, strict=True))
+    question = f"What are the {words.CARDINALS[len(days) - 1]} {plural} of the {name}?"
     return Needle(sentences, Question(question, values, sentences))
 
 

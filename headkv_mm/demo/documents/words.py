@@ -35,7 +35,7 @@ RELATIONS: tuple[tuple[str, str], ...] = (
     ("number", "numbers"),
     ("age", "ages"),
 )
-ORDINALS: tuple[str, ...] = ("first", "second", "third", "fourth")
+SPARE_WORDS: tuple[str, ...] = ("first", "second", "third", "fourth")  # known, but in no sentence
 CARDINALS: tuple[str, ...] = ("one", "two", "three", "four")
 ITEMS: tuple[str, ...] = _words(
     """
@@ -116,7 +116,19 @@ def vocabulary() -> tuple[str, ...]:
     """Every word and sign that a document, a question or an answer can hold, in a fixed order, without repeats."""
     relations = tuple(word for pair in RELATIONS for word in pair)
     groups = (
-        *(PUNCTUATION, DIGITS, FUNCTION_WORDS, relations, ORDINALS, CARDINALS, ADJECTIVES, NOUNS, ITEMS, COINED, MOODS),
+        *(
+            PUNCTUATION,
+            DIGITS,
+            FUNCTION_WORDS,
+            relations,
+            SPARE_WORDS,
+            CARDINALS,
+            ADJECTIVES,
+            NOUNS,
+            ITEMS,
+            COINED,
+            MOODS,
+        ),
         *(PEOPLE, MOTIONS, DIRECTIONS, SPOTS, TIMES, THINGS, HANDLINGS, SAYINGS, WEATHERS, DAYS, MEALS),
     )
     return tuple(dict.fromkeys(word for group in groups for word in group))
