@@ -60,6 +60,23 @@ def decode() -> str:
     return table(["lengths", "threads", "bytes, dense / ours", "speed-up (CPU time)", "share of the byte ratio"], rows)
 
 
+def decode_long() -> str:
+    """A small share of a long context against dense attention over all of it."""
+    rows = []
+    for content in map(_load, ("cpu/ragged_decode_long_float32.json", "cpu/ragged_decode_long_bfloat16.json")):
+        settings, run = content["settings"], content["results"][0]
+        rows.append(
+            [
+                settings["dtype"],
+                f"{percent(settings['keep'], 0)} of {settings['tokens']:,}",
+                f"{run['byte_ratio']:.1f}",
+                f"{run['speedup_cpu']:.1f}x",
+                percent(run["share_of_byte_ratio_cpu"], 0),
+            ]
+        )
+    return table(["dtype", "kept", "bytes, dense / ours", "speed-up (CPU time)", "share of the byte ratio"], rows)
+
+
 def image_decode() -> str:
     """A whole image with and without compression."""
     rows = []
@@ -80,7 +97,12 @@ def image_decode() -> str:
     return table(heads, rows)
 
 
-MAKERS: dict[str, Callable[[], str]] = {"images": images, "decode": decode, "image-decode": image_decode}
+MAKERS: dict[str, Callable[[], str]] = {
+    "images": images,
+    "decode": decode,
+    "decode-long": decode_long,
+    "image-decode": image_decode,
+}
 
 
 def _load(name: str) -> dict[str, Any]:
