@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The command line: `headkv-mm generate | ask | methods | doctor | evaluate`."""
+"""The command line: `headkv-mm generate | ask | heads | methods | doctor | evaluate`."""
 
 from __future__ import annotations
 
@@ -9,11 +9,18 @@ import sys
 from collections.abc import Callable, Sequence
 from typing import NoReturn
 
-from headkv_mm.commands import ask, doctor, generate, methods
+from headkv_mm.commands import ask, doctor, generate, heads, methods
 from headkv_mm.evaluation import command as evaluate
 
 PROGRAM = "headkv-mm"
-COMMANDS = {"generate": generate, "ask": ask, "methods": methods, "doctor": doctor, "evaluate": evaluate}
+COMMANDS = {
+    "generate": generate,
+    "ask": ask,
+    "heads": heads,
+    "methods": methods,
+    "doctor": doctor,
+    "evaluate": evaluate,
+}
 USER_ERROR, INTERRUPTED = 2, 130
 
 

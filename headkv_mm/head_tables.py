@@ -83,7 +83,8 @@ class HeadTable:
 
     def kv_scores(self) -> Tensor:
         """Scores of the KV heads, [L, G] float64: sums over their query heads, divided by the sum of all."""
-        scores = torch.tensor(self.scores, dtype=torch.float64).unflatten(1, (self.kv_heads, -1)).sum(-1)
+        heads = torch.tensor(self.scores, dtype=torch.float64)
+        scores: Tensor = heads.reshape(self.layers, self.kv_heads, -1).sum(-1)
         return scores / scores.sum()
 
 
@@ -118,7 +119,8 @@ def load_head_table(path: str | os.PathLike[str]) -> HeadTable:
         raise ValueError(f"{name} is no head table; {_MAKE_ONE}")
     if content.get("version") != VERSION:
         raise ValueError(
-            f"{name} has version {content.get('version')!r} of the format, and this package reads {VERSION}; {_MAKE_ONE}"
+            f"{name} has version {content.get('version')!r} of the format, and this package reads {VERSION}; "
+            f"{_MAKE_ONE}"
         )
     try:
         return _read(content)

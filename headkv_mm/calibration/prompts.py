@@ -77,8 +77,10 @@ def needle_prompt(tokenizer: Any, rng: random.Random, length: int, depth: float)
     encode = _Encode(tokenizer)
     bare = len(encode(encode.text(_document(rng, story, [], depth), story.question)))
     if bare > length:
-        raise ValueError(f"a prompt of {length} tokens is too short: this tokenizer needs {bare} for the question alone")
-    text, ids = "", ()
+        raise ValueError(
+            f"a prompt of {length} tokens is too short: this tokenizer needs {bare} for the question alone"
+        )
+    text, ids = "", tuple[int, ...]()
     for attempt in range(_TRIES):
         each = max(1.0, encode.length(" ".join(fillers)) / len(fillers))
         # A little less after every prompt that came out too long.
