@@ -12,12 +12,13 @@ from .budgets import Budget, ImagePlan, StorageCost, image_plan
 from .compression import Compression
 from .image_grid import ImageGrid
 from .registry import Pieces
+from .text_plan import text_plan
 
 if TYPE_CHECKING:
     from .cache import HeadKVCache
 
-_ANY_PLAN = ImagePlan(tokens=2, row=1, budget=1)
-"""Whether a scorer looks at attention does not depend on the plan, only how far back."""
+_LONG_PLAN = ImagePlan(tokens=1 << 30, row=1 << 29, budget=1)
+"""Whether a scorer looks at attention does not depend on the plan; how many queries, at most what is asked here."""
 
 HeadTable = list[list[list[int]]]
 """Numbers by layer, row and KV head."""
@@ -126,11 +127,12 @@ def storage_cost(
     per_slot = 2 * head_dim * itemsize + 4  # keys, values, position
     per_row = 3 * 4  # condition, tokens seen, padding
     per_region = 3 * 4 + allocations * (2 * 4 + 1)  # start, length, capacity; targets, windows, types
-    if scorer.attention_window(_ANY_PLAN) > 0:
+    if scorer.attention_window(_LONG_PLAN) > 0:
         per_slot += 4
     if scorer.needs_mean_query:
         per_row += heads * head_dim * 4
-    per_row += scorer.queries_needed(_ANY_PLAN, decoding=True) * heads * head_dim * itemsize
+    # The last queries before a decision, in the model's dtype.
+    per_row += scorer.queries_needed(_LONG_PLAN, decoding=True) * heads * head_dim * itemsize
     return StorageCost(
         per_entry=layers * rows * kv_heads * per_slot,
         fixed=layers * rows * (per_row + kv_heads * per_region),
@@ -140,12 +142,13 @@ def storage_cost(
 
 @dataclass(frozen=True)
 class MemoryPlan:
-    """Bytes of keys and values that an image will take.
+    """Bytes of keys and values that an image or a text will take.
 
     Attributes:
-        entries_per_head: mean room per KV head: condition, budget and one row.
+        entries_per_head: mean room per KV head: for an image condition, budget and one row; for a text the budget and
+            one interval.
         nbytes: bytes of keys and values held; bookkeeping comes on top (under 5 % of it for common sizes).
-        nbytes_full: bytes of a stock cache at the end of the image.
+        nbytes_full: bytes of a stock cache at the end.
     """
 
     entries_per_head: int
@@ -165,6 +168,7 @@ def plan_memory(
     budget: Budget | None = None,
     rows: int = 1,
     condition: int = 0,
+    tokens: int | None = None,
     image_grid: ImageGrid | None = None,
     dtype: torch.dtype | None = None,
     **options: Any,
@@ -175,27 +179,31 @@ def plan_memory(
         model_or_config: the model or its configuration.
         compression, budget, options: as for `HeadKVCache`.
         rows: rows of the batch; classifier-free guidance doubles them.
-        condition: prompt tokens per row, padding not counted.
+        condition: prompt tokens per row of an image, padding not counted.
+        tokens: tokens of a text, prompt and answer together; needed where there is no image grid.
         image_grid: by default what the configuration states.
         dtype: of the cache; the model's by default.
 
     Raises:
-        ValueError: if no image grid is known, or the budget is too small.
+        ValueError: if neither an image grid nor `tokens` is known, or the budget is too small.
     """
     config = getattr(model_or_config, "config", model_or_config)
     text = config.get_text_config(decoder=True)
     grid = image_grid or ImageGrid.from_config(config)
-    if grid is None:
-        raise ValueError(f"{type(config).__name__} states no image grid; pass image_grid=ImageGrid(height, width)")
+    if grid is None and tokens is None:
+        raise ValueError(
+            f"{type(config).__name__} states no image grid; pass image_grid=ImageGrid(height, width) for an image, or "
+            "tokens=N for a text"
+        )
     parsed = Compression.parse(compression, budget=budget, **options)
     dtype = dtype or getattr(text, "dtype", None) or torch.float32
     kv_heads = getattr(text, "num_key_value_heads", None) or text.num_attention_heads
     head_dim = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
     itemsize = torch.empty(0, dtype=dtype).element_size()
     per_entry = 2 * rows * text.num_hidden_layers * kv_heads * head_dim * itemsize
-    full = condition + grid.start + grid.tokens
-    entries = full
-    pieces = parsed.pieces("image")
+    first = 0 if grid is None else condition + grid.start
+    entries = full = first + (tokens or 0 if grid is None else grid.tokens)
+    pieces = parsed.pieces("text" if grid is None else "image")
     if pieces is not None:
         cost = storage_cost(
             pieces,
@@ -205,11 +213,18 @@ def plan_memory(
             kv_heads=kv_heads,
             head_dim=head_dim,
             itemsize=itemsize,
-            condition=condition + grid.start,
+            condition=first,
+            allocations=2 if grid is None else 1,
         )
-        plan = image_plan(parsed.budget, grid, cost)
-        if not plan.keeps_all:
-            entries = condition + grid.start + plan.budget + plan.row
+        if grid is None:
+            interval = getattr(pieces.schedule, "interval", None)
+            whole = text_plan(parsed.budget, interval=interval, cost=cost)
+            if not whole.keeps_all:
+                entries = min(whole.entries(full) + whole.step, full)
+        else:
+            plan = image_plan(parsed.budget, grid, cost)
+            if not plan.keeps_all:
+                entries = first + plan.budget + plan.row
     return MemoryPlan(entries_per_head=entries, nbytes=per_entry * entries, nbytes_full=per_entry * full)
 
 

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from transformers import DynamicCache, LlamaForCausalLM
 
-from headkv_mm import HeadKVCache, compress, methods
+from headkv_mm import HeadKVCache, compress, methods, plan_memory
 
 COMPRESSING = [name for name in methods("text") if name not in ("none", "headkv-r2")]
 """headkv-r2 needs a table of head scores for the model; `test_outside_check` and the registry's properties cover it."""
@@ -131,7 +131,7 @@ def test_a_budget_in_bytes_holds_at_most_those_bytes(model, inputs, decode) -> N
         assert 15_000 < cache.nbytes <= 20_000, method
     with pytest.raises(ValueError, match=r"budget '2KB' leaves 0 entries per KV head.*use at least \d+ bytes"):
         decode(one, HeadKVCache(model, "snapkv", budget="2KB"), 1)
-    with pytest.raises(ValueError, match="budget 7 is too small for a text: .* at least 8 entries"):
+    with pytest.raises(ValueError, match=r"budget 7 is too small for a text: .* at least 8 entries"):
         HeadKVCache(model, "snapkv", budget=7)
 
 
@@ -171,9 +171,14 @@ def test_reading_in_chunks_is_reading_at_once(model, inputs, decode, method) -> 
 
 def test_a_reading_that_fails_leaves_an_empty_cache(model, inputs) -> None:
     cache = HeadKVCache(model, "snapkv", budget=20)
-    with pytest.raises(KeyError), cache.reading():
-        carry_on(model, cache, inputs["input_ids"], inputs["attention_mask"])
-        raise KeyError
+
+    def fail_while_reading() -> None:
+        with cache.reading():
+            carry_on(model, cache, inputs["input_ids"], inputs["attention_mask"])
+            raise KeyError
+
+    with pytest.raises(KeyError):
+        fail_while_reading()
     assert cache.get_seq_length() == 0
     assert cache.nbytes == 0
 
@@ -367,3 +372,20 @@ def test_generate_inside_compress(model, inputs) -> None:
 def test_a_method_for_images_only_says_so(model) -> None:
     with pytest.raises(ValueError, match=r"'lines' serves image only; methods for text are: none, headkv"):
         HeadKVCache(model, "lines")
+
+
+@pytest.mark.parametrize("budget", [24, 0.4, 1.0, "30KB"])
+def test_memory_is_known_before_the_cache_exists(model, inputs, decode, budget) -> None:
+    one = {name: tensor[2:] for name, tensor in inputs.items()}
+    cache = HeadKVCache(model, "snapkv", budget=budget)
+    decode(one, cache, 61)
+    plan = plan_memory(model, "snapkv", budget=budget, tokens=120)
+    assert plan.nbytes_full == cache.nbytes_full
+    slots = sum(
+        layer.keys.nbytes + layer.values.nbytes if layer.store is None else 2 * layer.store.keys.nbytes
+        for layer in cache.compressed_layers
+    )
+    # A share has grown at the last eviction, 28 tokens ago.
+    assert plan.nbytes * (0.8 if budget == 0.4 else 1) <= slots <= plan.nbytes
+    with pytest.raises(ValueError, match="tokens=N for a text"):
+        plan_memory(model, "snapkv")
