@@ -137,7 +137,7 @@ class _Watcher:
             text = str(self._tokenizer.decode(answer, skip_special_tokens=True)).strip()
             if "\n" in text:  # a model that goes on with questions of its own
                 break
-        return text
+        return text.partition("\n")[0].rstrip()
 
     def _tokens(self, ids: tuple[int, ...]) -> Tokens:
         rows: Tensor = torch.tensor([ids], device=self._device)

@@ -77,9 +77,7 @@ def needle_prompt(tokenizer: Any, rng: random.Random, length: int, depth: float)
     encode = _Encode(tokenizer)
     bare = len(encode(encode.text(_document(rng, story, [], depth), story.question)))
     if bare > length:
-        raise ValueError(
-            f"a prompt of {length} tokens is too short: this tokenizer needs {bare} for the question alone"
-        )
+        raise ValueError(f"prompts of {length} tokens are too short: the question and its facts alone need {bare}")
     text, ids = "", tuple[int, ...]()
     for attempt in range(_TRIES):
         each = max(1.0, encode.length(" ".join(fillers)) / len(fillers))
