@@ -81,7 +81,7 @@ def document_row(rng: random.Random, length: int, mix: dict[str, float], distinc
     if rng.random() < 0.5:  # a document of one kind, as in the evaluation
         kinds = [rng.choices(kinds, [mix[kind] for kind in kinds])[0]]
     names = _names(rng, distinct)
-    facts, asked = length * rng.uniform(0.15, 0.6), length * rng.uniform(0.2, 0.45)
+    facts, asked = length * rng.uniform(0.12, 0.5), length * rng.uniform(0.25, 0.6)
     if kinds == ["list"]:
         facts = min(facts, MOST_LISTS * 18)
     needles: list[Needle] = []

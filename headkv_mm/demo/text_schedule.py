@@ -11,7 +11,7 @@ from headkv_mm.demo.text_training import TextBatch, text_batch
 TOKENS_PER_STEP = 4096
 WARM_UP_STEPS = 40
 FORGETFUL_RATE = 0.3  # share of the learning rate at which the forgetful phase begins
-CONSTANT_SHARE = 1 / 3  # of the tokens, at the full learning rate
+CONSTANT_SHARE = 1 / 4  # of the tokens, at the full learning rate
 LEAST_STEPS, MOST_STEPS = 40, 300  # in one stage
 LAST_RATE = 0.02  # share of the learning rate that is left at the end
 FIRST_MIX = {"number": 5.0, "joint": 1.0, "values": 1.0, "chain": 1.5, "list": 1.5}
@@ -40,7 +40,7 @@ STAGES: tuple[Stage, ...] = (
     Stage(256, 14, FIRST_MIX, 0.2),
     Stage(512, 8, FULL_MIX, 0.2),
 )
-MIXED_LENGTHS = {128: 0.1, 256: 0.15, 512: 0.25, 1024: 0.25, 2048: 0.2, 2560: 0.05}
+MIXED_LENGTHS = {128: 0.1, 256: 0.15, 512: 0.25, 1024: 0.22, 2048: 0.18, 2560: 0.1}
 
 
 def next_batch(seed: int, step: int, stage: int) -> TextBatch:
@@ -63,12 +63,12 @@ def next_batch(seed: int, step: int, stage: int) -> TextBatch:
 
 
 def learning_rate_factor(step: int, tokens: int, total: int, forgetful: int = 0) -> float:
-    """Warm-up over the first steps, constant up to a third of the tokens, then a straight line down.
+    """Warm-up over the first steps, constant up to a quarter of the tokens, then a parabola down to almost nothing.
 
-    The forgetful phase that follows begins again, lower, and goes down in a straight line too.
+    The forgetful phase that follows begins again, lower, and goes down in a straight line.
     """
     warm_up = min(1.0, (step + 1) / WARM_UP_STEPS)
     if forgetful and tokens >= total:
         return FORGETFUL_RATE * max(LAST_RATE, 1 - (tokens - total) / forgetful)
     done = tokens / total
-    return warm_up * (1.0 if done < CONSTANT_SHARE else max(LAST_RATE, (1 - done) / (1 - CONSTANT_SHARE)))
+    return warm_up * (1.0 if done < CONSTANT_SHARE else max(LAST_RATE, ((1 - done) / (1 - CONSTANT_SHARE)) ** 2))

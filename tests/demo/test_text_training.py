@@ -177,8 +177,8 @@ def test_batches_follow_the_schedule() -> None:
 
 def test_learning_rate() -> None:
     assert learning_rate_factor(0, 0, 1000) == pytest.approx(1 / 40)
-    assert learning_rate_factor(100, 333, 1000) == 1.0
-    assert learning_rate_factor(100, 800, 1000) == pytest.approx(0.3)
+    assert learning_rate_factor(100, 249, 1000) == 1.0
+    assert learning_rate_factor(100, 625, 1000) == pytest.approx(0.25)
     assert learning_rate_factor(100, 1000, 1000) == pytest.approx(0.02)
     assert learning_rate_factor(100, 1000, 1000, 400) == pytest.approx(0.3)
     assert learning_rate_factor(100, 1200, 1000, 400) == pytest.approx(0.15)
