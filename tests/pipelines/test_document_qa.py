@@ -299,3 +299,19 @@ def test_factory(tiny_llama_folder: Path, doc: Document, monkeypatch: pytest.Mon
         headkv_mm.pipeline(LONG_DOCUMENT_QA, "/no/such/folder", kv_compression="snapvk")
     with pytest.raises(TypeError, match="no argument 'temperature'"):
         headkv_mm.pipeline(LONG_DOCUMENT_QA, device="cpu", temperature=2)
+
+
+@pytest.mark.parametrize("method", [name for name in headkv_mm.methods("text") if name != "headkv-r2"])
+def test_every_method_reads_answers_and_saves(qa: LongDocumentQAPipeline, tmp_path: Path, method: str) -> None:
+    doc = qa.read(text=TEXT, kv_compression=method, kv_budget=64, chunk_size=100)
+    before = _content(doc)
+    answers = [answer.text for answer in doc.ask(QUESTIONS)]
+    assert _content(doc) == before
+    assert doc.report.kept == (doc.report.tokens if method == "none" else pytest.approx(64, abs=1))
+    doc.save(tmp_path / "a.kv")
+    assert [answer.text for answer in qa.load(tmp_path / "a.kv").ask(QUESTIONS[::-1])] == answers[::-1]
+
+
+def test_a_method_that_needs_a_head_table_says_so(qa: LongDocumentQAPipeline) -> None:
+    with pytest.raises(ValueError, match="no head table for this model"):
+        qa.read(text=TEXT, kv_compression="headkv-r2")
