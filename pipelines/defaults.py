@@ -6,5 +6,5 @@ from __future__ import annotations
 DEFAULT_COMPRESSION = "snapkv"
 DEFAULT_BUDGET = 0.25
 CHUNK_SIZE = 1024  # tokens of a document that go through the model at once
-MAX_NEW_TOKENS = 128
+MAX_NEW_TOKENS = 256
 QUESTION_ROOM = 64  # positions left free behind a document, for a question of ordinary length
