@@ -17,8 +17,8 @@ from headkv_mm import HeadKVCache
 
 from . import naive_selection as naive
 
-LENGTHS = st.integers(12, 150)
-BUDGETS = st.integers(8, 100)
+LENGTHS = st.sampled_from([12, 20, 33, 50, 64, 97, 130])
+BUDGETS = st.integers(8, 80)
 
 
 @lru_cache(maxsize=1)
@@ -35,7 +35,10 @@ def stock_model() -> Any:
         # Wide weights make attention sharp, so that heads differ.
         initializer_range=0.35,
     )
-    return LlamaForCausalLM(config).eval().double()
+    model = LlamaForCausalLM(config).eval().double()
+    # Eager attention everywhere: its softmax is in float32, and the keys of later layers shall be the same to the bit.
+    model.set_attn_implementation("eager")
+    return model
 
 
 @lru_cache(maxsize=64)
@@ -61,7 +64,7 @@ def everything(seen: naive.Observation) -> list[list[set[int]]]:
 
 
 @given(tokens=LENGTHS, budget=BUDGETS)
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=20, deadline=None, derandomize=True)
 def test_streaming_keeps_sinks_and_the_newest(tokens: int, budget: int) -> None:
     ids, seen = observed(tokens)
     if tokens <= budget:
@@ -74,7 +77,7 @@ def test_streaming_keeps_sinks_and_the_newest(tokens: int, budget: int) -> None:
 
 
 @given(tokens=LENGTHS, budget=BUDGETS, window=st.sampled_from([4, 8, 32]), pool=st.sampled_from([1, 3, 7]))
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=20, deadline=None, derandomize=True)
 def test_snapkv_keeps_what_the_window_looks_at(tokens: int, budget: int, window: int, pool: int) -> None:
     ids, seen = observed(tokens)
     first, last = naive.sinks_and_window(budget, tokens, window=window)
@@ -88,7 +91,7 @@ def test_snapkv_keeps_what_the_window_looks_at(tokens: int, budget: int, window:
 
 
 @given(tokens=LENGTHS, budget=BUDGETS)
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=20, deadline=None, derandomize=True)
 def test_tova_keeps_what_the_newest_query_looks_at(tokens: int, budget: int) -> None:
     ids, seen = observed(tokens)
 
@@ -98,10 +101,60 @@ def test_tova_keeps_what_the_newest_query_looks_at(tokens: int, budget: int) -> 
     assert kept("tova", ids, budget) == (everything(seen) if tokens <= budget else every_head(seen, choose))
 
 
+@given(tokens=LENGTHS, budget=BUDGETS)
+@settings(max_examples=20, deadline=None, derandomize=True)
+def test_knorm_keeps_the_smallest_keys(tokens: int, budget: int) -> None:
+    ids, seen = observed(tokens)
+    first, last = naive.sinks_and_window(budget, tokens)
+
+    def choose(layer: int, head: int) -> set[int]:
+        return naive.best(naive.knorm_scores(seen, layer, head), budget - first - last, first, last)
+
+    assert kept("knorm", ids, budget) == (everything(seen) if tokens <= budget else every_head(seen, choose))
+
+
+@given(tokens=LENGTHS, budget=BUDGETS, alpha=st.sampled_from([0.0, 0.2, 0.5, 1.0]), pool=st.sampled_from([1, 7]))
+@settings(max_examples=30, deadline=None, derandomize=True)
+def test_adakv_lets_heads_compete(tokens: int, budget: int, alpha: float, pool: int) -> None:
+    ids, seen = observed(tokens)
+    first, last = naive.sinks_and_window(budget, tokens, window=8)
+    found = kept("adakv", ids, budget, alpha=alpha, pool=pool, window=8)
+    if tokens <= budget:
+        assert found == everything(seen)
+        return
+    for layer in range(len(seen.maps)):
+        scores = [naive.snapkv_scores(seen, layer, head, 8, pool) for head in range(seen.kv_heads)]
+        counts = naive.adakv_counts(scores, budget, first, last, alpha)
+        assert [len(head) - first - last for head in found[layer]] == counts
+        for head, count in enumerate(counts):
+            assert found[layer][head] == naive.best(scores[head], count, first, last)
+
+
+@given(tokens=LENGTHS, budget=BUDGETS, beta=st.sampled_from([1.0, 2.0, 20.0]))
+@settings(max_examples=20, deadline=None, derandomize=True)
+def test_pyramidkv_gives_early_layers_more(tokens: int, budget: int, beta: float) -> None:
+    ids, seen = observed(tokens)
+    first, last = naive.sinks_and_window(budget, tokens)
+    found = kept("pyramidkv", ids, budget, beta=beta)
+    if tokens <= budget:
+        assert found == everything(seen)
+        return
+    line = naive.pyramid_line(budget - first - last, tokens - first - last, len(seen.maps), beta)
+    chosen = [{len(head) - first - last for head in heads} for heads in found]
+    assert all(len(layer) == 1 for layer in chosen)
+    counts = [layer.pop() for layer in chosen]
+    assert all(abs(count - exact) < 1 for count, exact in zip(counts, line, strict=True))
+    assert sum(counts) == len(counts) * (budget - first - last)
+    for layer, count in enumerate(counts):
+        for head in range(seen.kv_heads):
+            scores = naive.snapkv_scores(seen, layer, head)
+            assert found[layer][head] == naive.best(scores, count, first, last)
+
+
 @pytest.mark.parametrize("share", [0.25, 0.5])
 def test_a_share_is_that_of_the_prompt(share: float) -> None:
     ids, _ = observed(120)
-    for method in ("streaming", "snapkv", "tova"):
+    for method in ("streaming", "snapkv", "tova", "knorm"):
         assert {len(head) for heads in kept(method, ids, share) for head in heads} == {round(share * 120)}
 
 
