@@ -131,15 +131,20 @@ class StorageCost:
         per_entry: one entry in every row, layer and KV head: keys, values and what is kept per slot.
         fixed: what does not depend on the number of entries, over all layers.
         condition: condition tokens of the longest row.
+        queries: last queries that are held before an eviction, if there are so many since the one before.
+        per_query: bytes of one such query in every row and layer.
     """
 
     per_entry: int
     fixed: int = 0
     condition: int = 0
+    queries: int = 0
+    per_query: int = 0
 
-    def of(self, entries: int, row: int) -> int:
-        """Bytes when every head keeps `entries` image entries and has room for one more row."""
-        return self.fixed + (self.condition + entries + row) * self.per_entry
+    def of(self, entries: int, step: int) -> int:
+        """Bytes when every head keeps `entries` entries after the condition and has room for one more step."""
+        held = self.fixed + min(self.queries, step) * self.per_query
+        return held + (self.condition + entries + step) * self.per_entry
 
 
 def image_plan(

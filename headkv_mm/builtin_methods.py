@@ -3,10 +3,21 @@
 
 from __future__ import annotations
 
-from .allocators import HeadType, Uniform
+from .allocators import HeadTableShares, HeadType, Pooled, Pyramid, Uniform
 from .registry import Pieces, register_method
 from .schedules import AfterGrouping, EachInterval, EachRow
-from .scorers import AccumulatedAttention, LastQuery, Recency, RecentQueries, WindowAttention
+from .scorers import (
+    AccumulatedAttention,
+    ExpectedAttention,
+    KeyDifference,
+    KeyNorm,
+    LastQuery,
+    Random,
+    Recency,
+    RecentQueries,
+    Redundancy,
+    WindowAttention,
+)
 from .selectors import Stratified
 
 _BY_SCORE = Stratified(strata_ratio=0.0)
@@ -51,4 +62,57 @@ register_method(
     text=Pieces(LastQuery(), Uniform(window=1), Stratified(strata_ratio=0.0, sinks=0), EachInterval()),
     description="The same entries in every head: what the newest query attends to, averaged over the heads.",
     source="arXiv 2401.06104",
+)
+register_method(
+    "adakv",
+    image=Pieces(WindowAttention(pool=1), Pooled(), _BY_SCORE, AfterGrouping()),
+    text=Pieces(WindowAttention(), Pooled(), _BY_SCORE, EachInterval()),
+    description="Heads of a layer compete for its budget by what the last queries attend to.",
+    source="arXiv 2407.11550",
+)
+register_method(
+    "pyramidkv",
+    text=Pieces(WindowAttention(), Pyramid(), _BY_SCORE, EachInterval()),
+    description="Budgets that fall from the first layer to the last; what the last queries attend to.",
+    source="arXiv 2406.02069",
+)
+register_method(
+    "headkv-r2",
+    text=Pieces(WindowAttention(window=8), HeadTableShares(), _BY_SCORE, EachInterval()),
+    description="Budgets by a table of head scores measured once per model; what the last queries attend to.",
+    source="arXiv 2410.19258",
+)
+register_method(
+    "knorm",
+    image=Pieces(KeyNorm(), Uniform(), _BY_SCORE, EachRow()),
+    text=Pieces(KeyNorm(), Uniform(), _BY_SCORE, EachInterval()),
+    description="The same budget for every head; keys of a small norm, and the newest.",
+    source="arXiv 2406.11430",
+)
+register_method(
+    "keydiff",
+    image=Pieces(KeyDifference(), Uniform(), _BY_SCORE, EachRow()),
+    text=Pieces(KeyDifference(), Uniform(), _BY_SCORE, EachInterval()),
+    description="The same budget for every head; keys that differ from the others, and the newest.",
+    source="arXiv 2504.15364",
+)
+register_method(
+    "expected-attention",
+    image=Pieces(ExpectedAttention(), Uniform(), _BY_SCORE, EachRow()),
+    text=Pieces(ExpectedAttention(), Uniform(), _BY_SCORE, EachInterval()),
+    description="The same budget for every head; attention expected from queries like the last, times value norms.",
+    source="arXiv 2510.00636",
+)
+register_method(
+    "r-kv",
+    image=Pieces(Redundancy(), Uniform(), _BY_SCORE, EachRow()),
+    text=Pieces(Redundancy(), Uniform(window=8), _BY_SCORE, EachInterval()),
+    description="The same budget for every head; what the last queries attend to and no newer entry repeats.",
+    source="arXiv 2505.24133",
+)
+register_method(
+    "random",
+    image=Pieces(Random(), Uniform(), _BY_SCORE, EachRow()),
+    text=Pieces(Random(), Uniform(), _BY_SCORE, EachInterval()),
+    description="The same budget for every head; entries by chance, and the newest: what a method must beat.",
 )

@@ -66,6 +66,8 @@ class HeadKVCache(Cache):
                     "image_grid=ImageGrid(height, width)"
                 ) from None
             raise
+        if pieces is not None:
+            pieces = pieces.for_model(model_or_config)
         layers = DynamicCache(config=text_config).layers
         compressed = [type(layer) is DynamicLayer for layer in layers]
         if not any(compressed):

@@ -176,7 +176,10 @@ class LayerCompressor:
 def select_allocation(allocation: Allocation, rows: Tensor) -> Allocation:
     """The allocation of other rows; `rows` is [B'] int64."""
     taken: dict[str, Any] = {name: tensor[rows] for name, tensor in tensor_fields(allocation).items()}
-    return replace(allocation, row_totals=[allocation.row_totals[row] for row in rows.tolist()], **taken)
+    for name in ("row_totals", "row_before"):
+        numbers = getattr(allocation, name)
+        taken[name] = numbers and [numbers[row] for row in rows.tolist()]
+    return replace(allocation, **taken)
 
 
 def tensor_fields(allocation: Allocation) -> dict[str, Tensor]:

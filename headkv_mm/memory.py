@@ -131,12 +131,12 @@ def storage_cost(
         per_slot += 4
     if scorer.needs_mean_query:
         per_row += heads * head_dim * 4
-    # The last queries before a decision, in the model's dtype.
-    per_row += scorer.queries_needed(_LONG_PLAN, decoding=True) * heads * head_dim * itemsize
     return StorageCost(
         per_entry=layers * rows * kv_heads * per_slot,
         fixed=layers * rows * (per_row + kv_heads * per_region),
         condition=condition,
+        queries=scorer.queries_needed(_LONG_PLAN, decoding=True),
+        per_query=layers * rows * heads * head_dim * itemsize,
     )
 
 

@@ -81,6 +81,8 @@ class Allocation:
         row_totals: the sum of each row of `targets`, on the host.
         largest: an upper bound of `targets`, on the host.
         local: [B, G] bool, True where a head was found to be local; None if the method has no head types.
+        row_before: entries of each row that the layers before this one keep, on the host; None where every layer keeps
+            exactly its budget.
     """
 
     targets: Tensor
@@ -88,6 +90,7 @@ class Allocation:
     row_totals: list[int]
     largest: int
     local: Tensor | None = None
+    row_before: list[int] | None = None
 
 
 class Scorer:
@@ -117,7 +120,10 @@ class Scorer:
 
 
 class Allocator(Protocol):
-    """Gives every region its number of entries, once per row."""
+    """Gives every region its number of entries, once per row.
+
+    A piece that must know the model has a method `for_model(model_or_config)` that returns the piece to use with it.
+    """
 
     def queries_needed(self, plan: Plan) -> int:
         """How many of the last queries must be there when it decides; 0 if it looks at none."""

@@ -49,6 +49,18 @@ class Pieces:
             changed[name] = _replace(piece, {option: options[option] for option in own}) if own else piece
         return Pieces(**changed)
 
+    def for_model(self, model_or_config: Any) -> Pieces:
+        """The pieces for one model: those that must know it, such as a head table's, have got to know it.
+
+        Raises:
+            ValueError: if a piece does not suit the model.
+        """
+        pieces = {name: getattr(self, name) for name in _PIECES}
+        bound = {
+            name: piece.for_model(model_or_config) for name, piece in pieces.items() if hasattr(piece, "for_model")
+        }
+        return dataclasses.replace(self, **bound)
+
 
 @dataclasses.dataclass(frozen=True)
 class Method:

@@ -11,9 +11,9 @@ import torch
 from torch import Tensor
 
 from . import kernels
-from .allocators.shares import scaled
 from .chunk import attend_chunk
-from .compressor import LayerCompressor, tensor_fields
+from .compressor import LayerCompressor
+from .decided import Decided
 from .layer_state import LayerState
 from .pieces import Allocation, Observed
 from .ragged import RaggedKV
@@ -78,8 +78,8 @@ class TextCompressor(LayerCompressor):
         """False in copies that only grow."""
         self.row_seen = list(row_prompt)
         self.seen = (keys.shape[2] - padding).to(torch.int32)
-        self._decided: list[Allocation | None] = [None] * len(row_prompt)
-        """Per row the allocation as it was decided, [1, G]; None while the row is within its budget."""
+        self._decided: list[Decided | None] = [None] * len(row_prompt)
+        """Per row the allocation as it was decided; None while the row is within its budget."""
         self._appended = 0  # tokens that a copy that only grows got since it was made
         self._made_for: list[int] = []  # what the regions were made for, see `_bounds`
         self._set_budgets([plan.entries(seen) for seen in self.row_seen])
@@ -218,12 +218,10 @@ class TextCompressor(LayerCompressor):
         tensors |= {"seen": self.seen} | ({} if store.mass is None else {"mass": store.mass})
         numbers: dict[str, Any] = {name: getattr(self, name) for name in _NUMBERS}
         numbers |= {"row_slots": store.row_slots, "max_length": store.max_length, "ordered": store.ordered}
-        numbers["decided"] = [
-            None if row is None else {"row_totals": row.row_totals, "largest": row.largest} for row in self._decided
-        ]
+        numbers["decided"] = [None if row is None else row.numbers for row in self._decided]
         for index, row in enumerate(self._decided):
             if row is not None:
-                tensors |= {f"decided.{index}.{name}": tensor for name, tensor in tensor_fields(row).items()}
+                tensors |= {f"decided.{index}.{name}": tensor for name, tensor in row.tensors.items()}
         return LayerState(tensors, numbers)
 
     @classmethod
@@ -246,16 +244,7 @@ class TextCompressor(LayerCompressor):
             max_length=numbers["max_length"],
             ordered=numbers["ordered"],
         )
-        new._decided = [
-            row
-            and Allocation(
-                targets=tensors[f"decided.{index}.targets"],
-                windows=tensors[f"decided.{index}.windows"],
-                local=tensors.get(f"decided.{index}.local"),
-                **row,
-            )
-            for index, row in enumerate(numbers["decided"])
-        ]
+        new._decided = [row and _restored(tensors, index, row) for index, row in enumerate(numbers["decided"])]
         new._set_budgets(numbers["row_entries"])
         if any(row is not None for row in new._decided):
             budgets = [entries - first for entries, first in zip(new.row_entries, new.row_condition, strict=True)]
@@ -266,7 +255,7 @@ class TextCompressor(LayerCompressor):
     @property
     def tensors(self) -> list[Tensor]:
         """Every tensor that is held, the allocations as they were decided included."""
-        decided = [tensor for row in self._decided if row is not None for tensor in tensor_fields(row).values()]
+        decided = [tensor for row in self._decided if row is not None for tensor in row.tensors.values()]
         return [*super().tensors, *decided]
 
     def _set_budgets(self, entries: list[int]) -> None:
@@ -332,7 +321,7 @@ class TextCompressor(LayerCompressor):
         if fresh:
             allocation = self.pieces.allocator.allocate(observed, scores)
             for row in fresh:
-                self._decided[row] = _row(allocation, row)
+                self._decided[row] = Decided.of(allocation, row, budgets[row])
         if fresh or isinstance(plan.budget, float) or self.allocation is None:
             self.allocation = self._joined(budgets)
         return self.pieces.selector.victims(observed, self.allocation, scores)
@@ -341,12 +330,11 @@ class TextCompressor(LayerCompressor):
         """The rows' allocations as one, each grown to its row's budget; rows within their budget keep everything."""
         rows = []
         for decided, budget in zip(self._decided, budgets, strict=True):
-            total = budget * self.kv_heads
             if decided is None:
                 keep = self.seen.new_full((1, self.kv_heads), budget)
-                rows.append(Allocation(keep, keep, [total], budget))
+                rows.append(Allocation(keep, keep, [budget * self.kv_heads], budget))
             else:
-                rows.append(decided if decided.row_totals == [total] else _grown(decided, total))
+                rows.append(decided.grown(budget))
         local = [row.local for row in rows if row.local is not None]
         return Allocation(
             targets=torch.cat([row.targets for row in rows]),
@@ -396,27 +384,7 @@ def _mean(asked: Asked) -> Tensor:
     return (asked.queries.float() * real).sum(1) / real.sum(1).clamp(min=1)
 
 
-def _row(allocation: Allocation, row: int) -> Allocation:
-    """One row of an allocation."""
-    part = slice(row, row + 1)
-    return Allocation(
-        targets=allocation.targets[part].clone(),
-        windows=allocation.windows[part].clone(),
-        row_totals=allocation.row_totals[part],
-        largest=allocation.largest,
-        local=None if allocation.local is None else allocation.local[part].clone(),
-    )
-
-
-def _grown(decided: Allocation, total: int) -> Allocation:
-    """A row's allocation [1, G] in proportion to another total; a window that was the whole target stays so."""
-    before = decided.row_totals[0]
-    targets = scaled(decided.targets, total)
-    whole = decided.windows == decided.targets
-    return Allocation(
-        targets=targets,
-        windows=torch.where(whole, targets, decided.windows).to(torch.int32),
-        row_totals=[total],
-        largest=decided.largest * total // before + 1,
-        local=decided.local,
-    )
+def _restored(tensors: dict[str, Tensor], row: int, numbers: dict[str, Any]) -> Decided:
+    prefix = f"decided.{row}."
+    own = {name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)}
+    return Decided.restored(own, numbers)

@@ -98,12 +98,14 @@ def text_plan(
     if isinstance(budget, str):
         if cost is None:
             raise ValueError(f"budget {budget!r} is in bytes, which can be divided only when the batch is known")
-        room = (budget_bytes(budget) - cost.fixed) // cost.per_entry
-        entries = room
+        nbytes = budget_bytes(budget)
+        entries = nbytes // cost.per_entry
         for _ in range(4):  # the interval depends on the entries, and both must fit
-            entries = room - TextPlan(max(entries, 1), interval, sinks).step
+            entries = (nbytes - cost.of(0, TextPlan(max(entries, 1), interval, sinks).step)) // cost.per_entry
+        while entries >= SMALLEST and cost.of(entries, TextPlan(entries, interval, sinks).step) > nbytes:
+            entries -= 1
         if entries < SMALLEST:
-            needed = cost.fixed + (SMALLEST + TextPlan(SMALLEST, interval, sinks).step) * cost.per_entry
+            needed = cost.of(SMALLEST, TextPlan(SMALLEST, interval, sinks).step)
             raise ValueError(
                 f"budget {budget!r} leaves {max(entries, 0)} entries per KV head, fewer than {SMALLEST}; "
                 f"use at least {needed} bytes"

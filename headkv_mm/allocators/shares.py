@@ -7,19 +7,20 @@ import torch
 from torch import Tensor
 
 
-def scaled(targets: Tensor, total: int) -> Tensor:
-    """Scale the targets of every row to another total, in proportion, by largest remainder.
+def scaled(weights: Tensor, total: int | Tensor) -> Tensor:
+    """Divide a total among the entries of every row in proportion to whole weights, by largest remainder.
 
     Args:
-        targets: [B, G] int, at least one of each row positive.
-        total: the new sum of every row.
+        weights: [B, G] int, not negative, at least one of each row positive; the largest times the total must fit an
+            int64.
+        total: the new sum of every row, or [B, 1] int.
 
     Returns:
-        [B, G] int32; rows sum to exactly `total`. Of equal remainders the first head's is served first. No target moves
-        by more than one from its exact share.
+        [B, G] int32; rows sum to exactly `total`. Of equal remainders the first head's is served first. No share is
+        more than one away from the exact one.
     """
-    old = targets.sum(-1, keepdim=True).long()
-    product = targets.long() * total
+    old = weights.sum(-1, keepdim=True).long()
+    product = weights.long() * total
     base = product // old
     left = total - base.sum(-1, keepdim=True)  # [B, 1], fewer than G
     order = (product % old).argsort(dim=-1, descending=True, stable=True)

@@ -2,6 +2,21 @@
 """Scorers: which entries matter."""
 
 from .attention import AccumulatedAttention, LastQuery, WindowAttention
+from .chance import Random
+from .expected import ExpectedAttention
+from .keys import KeyDifference, KeyNorm
 from .recent import Recency, RecentQueries
+from .redundancy import Redundancy
 
-__all__ = ["AccumulatedAttention", "LastQuery", "Recency", "RecentQueries", "WindowAttention"]
+__all__ = [
+    "AccumulatedAttention",
+    "ExpectedAttention",
+    "KeyDifference",
+    "KeyNorm",
+    "LastQuery",
+    "Random",
+    "Recency",
+    "RecentQueries",
+    "Redundancy",
+    "WindowAttention",
+]
