@@ -17,8 +17,10 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from headkv_mm.demo import text_model_path
 from headkv_mm.evaluation.settings import FULL, budget_label
 from headkv_mm.evaluation.tables import interval, percent, table
+from headkv_mm.head_tables import SHIPPED_NAME, load_head_table
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
@@ -97,7 +99,20 @@ def image_decode() -> str:
     return table(heads, rows)
 
 
+def heads() -> str:
+    """The head table of the embedded language model, by layer."""
+    shipped = load_head_table(text_model_path() / SHIPPED_NAME)
+    rows = [
+        [str(layer), percent(sum(scores)), *(percent(score) for score in scores)]
+        for layer, scores in enumerate(shipped.kv_scores().tolist())
+    ]
+    names = [f"KV head {head}" for head in range(shipped.kv_heads)]
+    said = f"{shipped.answered} of {shipped.examples} prompts were answered right. Shares of all scores:"
+    return f"{said}\n\n{table(['layer', 'all its heads', *names], rows)}"
+
+
 MAKERS: dict[str, Callable[[], str]] = {
+    "heads": heads,
     "images": images,
     "decode": decode,
     "decode-long": decode_long,

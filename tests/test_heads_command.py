@@ -21,9 +21,10 @@ FEW = ("--examples", "3", "--length", "80", "--max-new-tokens", "4")
 
 
 @pytest.fixture(autouse=True)
-def _no_compilation(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Only the kernels that a test runs are compiled."""
+def _plain_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Compiling the kernels would take longer than all that runs here."""
     monkeypatch.setattr(heads_online, "compile_cpu_kernels", lambda dtypes: 0.0)
+    monkeypatch.setenv("HEADKV_MM_KERNELS", "reference")
 
 
 @pytest.fixture(scope="module")
