@@ -15,7 +15,7 @@ CONSTANT_SHARE = 1 / 4  # of the tokens, at the full learning rate
 LEAST_STEPS, MOST_STEPS = 40, 300  # in one stage
 LAST_RATE = 0.02  # share of the learning rate that is left at the end
 FIRST_MIX = {"number": 5.0, "joint": 1.0, "values": 1.0, "chain": 1.5, "list": 1.5}
-FULL_MIX = {"number": 3.0, "joint": 1.5, "values": 2.5, "chain": 2.0, "list": 1.5, "route": 0.7, "frequent": 0.1}
+FULL_MIX = {"number": 2.5, "joint": 2.5, "values": 3.0, "chain": 2.0, "list": 2.5, "route": 0.5, "frequent": 0.1}
 
 
 @dataclass(frozen=True)
