@@ -28,13 +28,38 @@ def dot(query: Any, keys: Any, slot: int) -> Any:
 
 @jit
 def group_logits(query: Any, keys: Any, begin: Any, count: Any, scale: Any, logits: Any) -> None:
-    """logits[r, j] = scale * query[r] . keys[begin + j], for query [R, D] and logits [R, at least count]."""
+    """logits[r, j] = scale * query[r] . keys[begin + j], for query [R, D] and logits [R, at least count].
+
+    Two queries at a time, so that a key is widened once for both.
+    """
     group, size = query.shape
     zero = np.float32(0.0)
-    fours = count - count % 4
+    fours, twos = count - count % 4, group - group % 2
     for j in range(0, fours, 4):
         s = begin + j
-        for r in range(group):
+        for r in range(0, twos, 2):
+            a, b, c, e = zero, zero, zero, zero
+            f, g, h, i = zero, zero, zero, zero
+            for d in range(size):
+                p, q = query[r, d], query[r + 1, d]
+                k, m, n, o = widen(keys[s, d]), widen(keys[s + 1, d]), widen(keys[s + 2, d]), widen(keys[s + 3, d])
+                a += p * k
+                b += p * m
+                c += p * n
+                e += p * o
+                f += q * k
+                g += q * m
+                h += q * n
+                i += q * o
+            logits[r, j] = a * scale
+            logits[r, j + 1] = b * scale
+            logits[r, j + 2] = c * scale
+            logits[r, j + 3] = e * scale
+            logits[r + 1, j] = f * scale
+            logits[r + 1, j + 1] = g * scale
+            logits[r + 1, j + 2] = h * scale
+            logits[r + 1, j + 3] = i * scale
+        for r in range(twos, group):
             a, b, c, e = zero, zero, zero, zero
             for d in range(size):
                 q = query[r, d]
@@ -114,8 +139,9 @@ def attend(
         for j in range(count):
             row[j] *= share
         if mass.size > 0:
+            own_mass = mass[begin : begin + count]
             for j in range(count):
-                mass[begin + j] += row[j]
+                own_mass[j] += row[j]
     weighted_values(logits, values, begin, count, out)
 
 
@@ -198,7 +224,7 @@ def add_mass_of_parts(tasks: Any, factors: Any, weights: Any, mass: Any) -> None
     parts, group = factors.shape
     for p in range(parts):
         begin, count = tasks[p, BEGIN], tasks[p, COUNT]
-        own = weights_of_part(weights, begin, count, group)
+        own, own_mass = weights_of_part(weights, begin, count, group), mass[begin : begin + count]
         for r in range(group):
             for j in range(count):
-                mass[begin + j] += own[r, j] * factors[p, r]
+                own_mass[j] += own[r, j] * factors[p, r]

@@ -7,26 +7,29 @@ from typing import Any
 
 import numpy as np
 
-from .bits import exp_of_nonpositive
+from .bits import as_ordered, exp_of_nonpositive, from_ordered
 from .jit import jit
 
 
 @jit
 def largest(logits: Any, at_least: Any) -> Any:
-    """The largest of the logits and `at_least`."""
-    most = at_least
+    """The largest of the logits and `at_least`; NaN if a positive NaN is among them, else NaN are passed over."""
+    most = as_ordered(at_least)
     for j in range(logits.size):
-        most = max(most, logits[j])
-    return most
+        most = max(most, as_ordered(logits[j]))
+    return from_ordered(most)
 
 
 @jit
 def exp_below(logits: Any, most: Any) -> Any:
-    """Replace logits by exp(logit - most), in place, and return their sum. `most` is finite, or -inf if all are."""
+    """Replace logits by exp(logit - most), in place, and return their sum. `most` is their maximum or more.
+
+    If it is -inf, so are all logits, or they are NaN: weights become 0 and the sum 0 or NaN.
+    """
     total = np.float32(0.0)
     if most == np.float32(-np.inf):
         for j in range(logits.size):
-            if logits[j] != logits[j]:  # a maximum passes over NaN, which must be seen all the same
+            if logits[j] != logits[j]:
                 total = np.float32(np.nan)
             logits[j] = np.float32(0.0)
         return total

@@ -39,10 +39,10 @@ _AT_ONCE = 32
 
 
 @jit
-def _mask(logits: Any, positions: Any, begin: Any, newest: Any, oldest: Any) -> None:
+def _mask(logits: Any, positions: Any, newest: Any, oldest: Any) -> None:
     for j in range(logits.size):
-        if positions[begin + j] > newest or positions[begin + j] < oldest:
-            logits[j] = np.float32(-np.inf)
+        position = positions[j]
+        logits[j] = logits[j] if (position <= newest) & (position >= oldest) else np.float32(-np.inf)
 
 
 @jit
@@ -74,25 +74,27 @@ def _window_mass(address: int, element: Any) -> None:
     while region >= 0:
         row = region // heads
         begin = np.int64(start[region])
-        oldest = np.int64(first_position[row]) if first_position.size > 0 else np.int64(-(2**31))
+        oldest = first_position[row] if first_position.size > 0 else np.int32(-(2**31))
         for q in range(0, window * group, _AT_ONCE):
             block = queries[region, q : q + _AT_ONCE]
             newest = np.int64(-(2**31))
             for r in range(block.shape[0]):
                 newest = max(newest, np.int64(query_positions[row, (q + r) // group]))
             count = _seen_by_any(positions, begin, np.int64(length[region]), newest)
+            # Slices from here on: an index that might be negative keeps a loop from using vector registers.
+            own_positions, own_mass = positions[begin : begin + count], mass[begin : begin + count]
             group_logits(block, keys, begin, count, scale, logits)
             for r in range(block.shape[0]):
                 weights = logits[r, :count]
                 if softcap > 0:
                     soft_cap(weights, softcap)
-                _mask(weights, positions, begin, np.int64(query_positions[row, (q + r) // group]), oldest)
+                _mask(weights, own_positions, query_positions[row, (q + r) // group], oldest)
                 sink = sinks[region % heads * group + (q + r) % group] if has_sink else np.float32(0.0)
                 total = softmax_weights(weights, sink, has_sink)
                 if total > 0:  # otherwise the query sees nothing
                     share = mean / total
                     for j in range(count):
-                        mass[begin + j] += weights[j] * share
+                        own_mass[j] += weights[j] * share
         region = next_region(job, length)
 
 
