@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """KV-cache compression head by head, for language models and autoregressive image models.
 
-Importing this package registers the attention implementation ``"headkv"`` and the task ``"text-to-image"`` with
-transformers, and nothing else. The public names are imported when they are first used.
+Importing this package registers the attention implementation ``"headkv"`` and the tasks ``"text-to-image"`` and
+``"long-document-question-answering"`` with transformers, and nothing else. The public names are imported
+when they are first used.
 """
 
 from __future__ import annotations

@@ -229,6 +229,7 @@ def test_answers_can_be_drawn(small_model: str, document: Path, capsys: pytest.C
         (["--save", "a.txt"], "is called .kv"),
         (["--save", "a.kv", "--query-aware", "--question", "Why?"], "needs one --question"),
         (["--device", "abacus"], "device 'abacus' cannot be used"),
+        (["--kv-budget", "1KiB"], "budget '1KiB' leaves -?[0-9]+ entries per KV head"),
         (["other.kv"], "other.kv is a compressed document and stands alone"),
         (["none.txt"], "No such file or directory: none.txt"),
     ],

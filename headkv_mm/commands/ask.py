@@ -136,6 +136,8 @@ def _given(args: argparse.Namespace) -> Given:
                 f"{saved[0]} is compressed already: leave --kv-..., --compare, --query-aware and --save out, or give "
                 "the documents it was made from"
             )
+    for path in args.documents:
+        Path(path).stat()  # a missing file should not wait for a model to load
     if args.compare and args.kv_compression == FULL:
         raise ValueError(
             "--compare needs a compression to compare with the full cache: leave --kv-compression none out"

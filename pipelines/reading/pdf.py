@@ -55,7 +55,7 @@ def pdf_text(data: bytes, name: str) -> str:
         raise ValueError(f"{name} has no pages: download or export it again")
     text = "\n\n".join(filter(None, map(_page, pages)))
     if not text:
-        raise ValueError(f"{name} has {len(pages)} pages but no text in them, as scans do: run text recognition on it")
+        raise ValueError(f"{name} has no text on its {len(pages)} page(s), as scans do: run text recognition on it")
     return text
 
 

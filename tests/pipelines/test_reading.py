@@ -95,7 +95,7 @@ def test_line_ends() -> None:
         ("a.docx", b"whatever", "is not read here: save it as"),
         ("a.pdf", b"no pdf at all", "is no PDF file"),
         ("a.pdf", b"%PDF-1.4\nand then nothing", "is damaged or no complete PDF file"),
-        ("a.pdf", minimal_pdf(""), "has 1 pages but no text"),
+        ("a.pdf", minimal_pdf(""), r"has no text on its 1 page\(s\)"),
         ("a.pdf", minimal_pdf("x")[:200], "is damaged|no pages"),
         ("a.pdf", encrypted_pdf("secret"), "is encrypted with a password"),
     ],

@@ -11,7 +11,8 @@ import transformers
 from transformers.pipelines import PIPELINE_REGISTRY
 
 import headkv_mm.demo
-from headkv_mm.pipelines.registration import TASK, TextToImageTask, register
+from headkv_mm.pipelines.document_qa import LongDocumentQAPipeline
+from headkv_mm.pipelines.registration import LONG_DOCUMENT_QA, TASK, LongDocumentQATask, TextToImageTask, register
 from headkv_mm.pipelines.text_to_image import TextToImagePipeline
 
 PROMPT = "red circle top on white"
@@ -49,6 +50,31 @@ def test_the_entry_is_a_complete_mapping(tiny_folder: Path, monkeypatch: pytest.
     assert len(entry) == 4
     with pytest.raises(KeyError):
         entry["revision"]
+
+
+def test_the_entry_for_documents(tiny_llama_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(headkv_mm.demo, "text_model_path", lambda: tiny_llama_folder)
+    entry = PIPELINE_REGISTRY.supported_tasks[LONG_DOCUMENT_QA]
+    assert isinstance(entry, LongDocumentQATask)
+    assert entry.copy() == {
+        "impl": LongDocumentQAPipeline,
+        "pt": (transformers.AutoModelForCausalLM,),
+        "default": {"model": (str(tiny_llama_folder), "main")},
+        "type": "text",
+    }
+    monkeypatch.setitem(PIPELINE_REGISTRY.supported_tasks, LONG_DOCUMENT_QA, {"impl": object})
+    assert not register()
+    ours = headkv_mm.pipeline(LONG_DOCUMENT_QA, tiny_llama_folder, device="cpu")
+    assert isinstance(ours, LongDocumentQAPipeline)
+
+
+def test_saved_document_pipelines_load(tiny_llama_folder: Path, tmp_path: Path) -> None:
+    ours = transformers.pipeline(LONG_DOCUMENT_QA, model=str(tiny_llama_folder), device="cpu")
+    ours.save_pretrained(tmp_path)
+    assert not list(tmp_path.glob("*.py"))
+    again = transformers.pipeline(LONG_DOCUMENT_QA, model=str(tmp_path), device="cpu")
+    question = {"text": "The code of the river is 7. " * 20, "questions": "what is the code?"}
+    assert again(question, kv_budget=32).text == ours(question, kv_budget=32).text
 
 
 def test_saved_pipelines_load_without_remote_code(pipe: TextToImagePipeline, tmp_path: Path, tiny_folder: Path) -> None:
