@@ -7,6 +7,7 @@ import inspect
 import os
 import time
 from collections.abc import Sequence
+from contextlib import nullcontext
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -26,7 +27,7 @@ if TYPE_CHECKING:
     from headkv_mm.compression import Compression
 
 _KV = ("kv_compression", "kv_budget", "kv_options")
-_OWN = ("chunk_size", "max_new_tokens")
+_OWN = ("chunk_size", "compress_chunks", "max_new_tokens")
 _IGNORED = ("local_files_only",)  # transformers.pipeline leaves it in the arguments
 
 
@@ -46,6 +47,8 @@ class LongDocumentQAPipeline(Pipeline):
             (int), or bytes of the whole cache ("64MiB").
         kv_options: dict of options of the method.
         chunk_size: tokens of the document that go through the model at once.
+        compress_chunks: compress after every chunk instead of once at the end. Then no more than a chunk is held beside
+            what the budget keeps, and what was dropped early cannot come back: answers get worse.
         max_new_tokens: longest answer; also an argument of `ask`.
 
     Raises:
@@ -134,7 +137,12 @@ class LongDocumentQAPipeline(Pipeline):
             question=inputs["question_tokens"] or None,
             answer=parameters.get("max_new_tokens", MAX_NEW_TOKENS),
         )
-        made = self.forward(inputs, compression=compression, chunk_size=parameters.get("chunk_size", CHUNK_SIZE))
+        made = self.forward(
+            inputs,
+            compression=compression,
+            chunk_size=parameters.get("chunk_size", CHUNK_SIZE),
+            compress_chunks=parameters.get("compress_chunks", False),
+        )
         return self.postprocess(made, names=names, content=content, question=question)
 
     def load(self, path: str | os.PathLike[str]) -> Document:
@@ -163,8 +171,10 @@ class LongDocumentQAPipeline(Pipeline):
                 f"{', '.join((*_KV, *_OWN))}"
             )
         given: dict[str, Any] = {name: parameters[name] for name in _OWN if parameters.get(name) is not None}
-        for name, value in given.items():
-            check_count(name, value)
+        for name in {"chunk_size", "max_new_tokens"} & set(given):
+            check_count(name, given[name])
+        if not isinstance(given.get("compress_chunks", False), bool):
+            raise TypeError(f"compress_chunks must be True or False, got {given['compress_chunks']!r}")
         call = KVArguments.of(parameters)
         if call.given:
             own: dict[str, Any] = getattr(self, "_forward_params", {})  # not there yet while the pipeline is made
@@ -190,14 +200,16 @@ class LongDocumentQAPipeline(Pipeline):
         ids = torch.tensor([[*document, *asked]])  # [1, T]
         return {"input_ids": ids, "document_tokens": len(document), "question_tokens": len(asked)}
 
-    def _forward(self, model_inputs: dict[str, Any], compression: Compression, chunk_size: int) -> dict[str, Any]:
+    def _forward(
+        self, model_inputs: dict[str, Any], compression: Compression, chunk_size: int, compress_chunks: bool
+    ) -> dict[str, Any]:
         ids = model_inputs["input_ids"]
         # With a question, its last token stays out: the answer begins with the forward of that token.
         read = ids[:, :-1] if model_inputs["question_tokens"] else ids
         began = time.perf_counter()
         cache = HeadKVCache(self.model, compression)
         options = {"logits_to_keep": 1} if _takes(self.model.forward, "logits_to_keep") else {}
-        with cache.reading():
+        with nullcontext() if compress_chunks else cache.reading():
             for chunk in read.split(chunk_size, dim=1):
                 self.model(input_ids=chunk, past_key_values=cache, use_cache=True, **options)
         if ids.is_cuda:

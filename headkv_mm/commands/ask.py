@@ -84,6 +84,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="N",
         help=f"tokens of the document that go through the model at once (default: {CHUNK_SIZE})",
     )
+    compression.add_argument(
+        "--compress-chunks",
+        action="store_true",
+        help="compress after every chunk instead of once at the end: less memory, worse answers",
+    )
     output = parser.add_argument_group("output")
     output.add_argument("--compare", action="store_true", help="also answer from the full cache")
     output.add_argument("--maps", action="store_true", help="draw which parts of the document each head kept")
@@ -165,7 +170,11 @@ def _pipeline(args: argparse.Namespace) -> LongDocumentQAPipeline:
     """The pipeline with all settings of the command line."""
     import headkv_mm
 
-    settings: dict[str, Any] = {"max_new_tokens": args.max_new_tokens, "chunk_size": args.chunk_size}
+    settings: dict[str, Any] = {
+        "max_new_tokens": args.max_new_tokens,
+        "chunk_size": args.chunk_size,
+        "compress_chunks": args.compress_chunks,
+    }
     if args.kv_compression is not None:
         settings["kv_compression"] = args.kv_compression
     if args.kv_compression != FULL:

@@ -69,6 +69,19 @@ def test_chunks_make_no_difference(qa: LongDocumentQAPipeline, doc: Document) ->
     assert [answer.text for answer in small.ask(QUESTIONS)] == [answer.text for answer in doc.ask(QUESTIONS)]
 
 
+def test_compressing_every_chunk_bounds_memory(qa: LongDocumentQAPipeline, doc: Document) -> None:
+    small = qa.read(text=TEXT, chunk_size=64, compress_chunks=True, kv_budget=64)
+    assert small.report.kept == pytest.approx(64, abs=1)
+    at_once = qa.read(text=TEXT, chunk_size=64, kv_budget=64)
+    assert at_once.report.nbytes_peak >= at_once.report.nbytes_full
+    assert small.report.nbytes_peak < 0.5 * small.report.nbytes_full
+    assert small.ask(QUESTIONS[0]).text
+    full = qa.read(text=TEXT, chunk_size=64, compress_chunks=True, kv_compression=None)
+    assert full.ask(QUESTIONS[0]).text == _stock(qa, QUESTIONS[0])
+    with pytest.raises(TypeError, match="compress_chunks must be True or False"):
+        qa.read(text=TEXT, compress_chunks=3)
+
+
 def test_a_question_does_not_change_the_document(doc: Document) -> None:
     before = _content(doc)
     forwards = [answer.text for answer in doc.ask(QUESTIONS)]
