@@ -80,7 +80,7 @@ class TextCompressor(LayerCompressor):
         self.seen = (keys.shape[2] - padding).to(torch.int32)
         self._decided: list[Decided | None] = [None] * len(row_prompt)
         """Per row the allocation as it was decided; None while the row is within its budget."""
-        self._appended = 0  # tokens that a copy that only grows got since it was made
+        self._appended = 0  # tokens that a copy that only grows got since the last eviction
         self._made_for: list[int] = []  # what the regions were made for, see `_bounds`
         self._set_budgets([plan.entries(seen) for seen in self.row_seen])
         self.store = RaggedKV.over(keys, values, padding)
@@ -207,6 +207,8 @@ class TextCompressor(LayerCompressor):
         )
         twin.observer = self.observer.copy()
         twin.evicts = evicts and self.evicts
+        if self.evicts and not evicts:
+            twin._appended = self.decoded % self.plan.step  # they would have made room at the next eviction
         twin.nbytes_peak = 0
         twin._track_peak()
         return twin
