@@ -139,7 +139,7 @@ def check_head_table(table: HeadTable, model_or_config: Any) -> None:
         ValueError: if the shape or the fingerprint differs.
     """
     found = (table.layers, table.query_heads, table.kv_heads)
-    wanted = _shape(_config(model_or_config))
+    wanted = _shape(_config(model_or_config), table.kv_heads)
     if found != wanted:
         kinds = ("layers", "query heads", "KV heads")
         has = ", ".join(f"{number} {kind}" for number, kind in zip(found, kinds))
@@ -250,10 +250,9 @@ def _config(model_or_config: Any) -> Any:
     return config.get_text_config(decoder=True)
 
 
-def _shape(config: Any) -> tuple[int, int, int]:
-    """Full-attention layers, query heads and KV heads."""
+def _shape(config: Any, kv_heads: int) -> tuple[int, int, int]:
+    """Full-attention layers, query heads and KV heads; `kv_heads` if the configuration has no plain number of them."""
     from transformers.cache_utils import DynamicCache, DynamicLayer
 
     full = sum(type(layer) is DynamicLayer for layer in DynamicCache(config=config).layers)
-    heads = int(config.num_attention_heads)
-    return full, heads, int(getattr(config, "num_key_value_heads", None) or heads)
+    return full, int(config.num_attention_heads), int(getattr(config, "num_key_value_heads", None) or kv_heads)

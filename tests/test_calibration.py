@@ -15,6 +15,8 @@ from torch import Tensor
 from transformers import (
     Gemma2Config,
     Gemma2ForCausalLM,
+    GPT2Config,
+    GPT2LMHeadModel,
     LlamaConfig,
     LlamaForCausalLM,
     PreTrainedTokenizerBase,
@@ -25,6 +27,7 @@ from headkv_mm.calibration import Calibration, NeedlePrompt, calibrate, needle_p
 from headkv_mm.calibration.watching import WatchedCache, retrieval_mass, watched
 from headkv_mm.demo.text_tokenizer import build_text_tokenizer
 from headkv_mm.fingerprint import fingerprint
+from headkv_mm.head_tables import head_table_for, save_head_table
 
 WORDS = build_text_tokenizer()
 CHAT = (
@@ -107,7 +110,7 @@ def test_retrieval_mass_of_heads_that_look_there_and_elsewhere() -> None:
     keys = torch.eye(8)[None]  # one KV head; entry i is found by the unit vector i
     query = 100 * torch.stack([torch.eye(8)[2] + torch.eye(8)[3], torch.eye(8)[6]])
     found = retrieval_mass(query, keys, (2, 4), scale=1.0)
-    torch.testing.assert_close(found, torch.tensor([0.5, 0.0], dtype=torch.float64))
+    torch.testing.assert_close(found, torch.tensor([0.5, 0.0]))
 
 
 def test_retrieval_mass_sees_what_the_attention_sees() -> None:
@@ -173,6 +176,21 @@ def test_scores_are_those_of_whole_attention_maps(make: Any) -> None:
     assert table.fingerprint == fingerprint(model)
     expected = naive_scores(model, WORDS, FEW, layers)
     assert float(expected.min()) > 0
+    torch.testing.assert_close(torch.tensor(table.scores, dtype=torch.float64), expected, rtol=1e-4, atol=1e-7)
+
+
+@pytest.mark.usefixtures("_all_right")
+def test_models_of_other_families(tmp_path: Path) -> None:
+    """GPT-2 has positions that are learned, and no number of KV heads in its configuration."""
+    torch.manual_seed(0)
+    config = GPT2Config(vocab_size=len(WORDS), n_positions=128, n_embd=32, n_layer=2, n_head=4)
+    config.update({"bos_token_id": WORDS.bos_token_id, "eos_token_id": WORDS.eos_token_id})
+    model = GPT2LMHeadModel(config).eval()
+    table = calibrate(model, WORDS, FEW)
+    assert (table.layers, table.query_heads, table.kv_heads) == (2, 4, 4)
+    save_head_table(table, tmp_path / "heads.json")
+    assert head_table_for(model, tmp_path / "heads.json") == table
+    expected = naive_scores(model, WORDS, FEW, [0, 1])
     torch.testing.assert_close(torch.tensor(table.scores, dtype=torch.float64), expected, rtol=1e-4, atol=1e-7)
 
 
@@ -348,6 +366,6 @@ def test_models_that_cannot_be_watched_are_refused() -> None:
     with pytest.raises(ValueError, match="cannot be watched"):
         cache.found()
     for heads, layer in zip((4, 4, 2), cache.watched_layers):
-        layer.found, layer.kv_heads = torch.ones(heads, dtype=torch.float64), 2
+        layer.found, layer.kv_heads = torch.ones(heads), 2
     with pytest.raises(ValueError, match="differ in their number of heads"):
         cache.found()

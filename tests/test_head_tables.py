@@ -14,7 +14,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from headkv_mm import demo
+from headkv_mm import HeadKVCache, demo
 from headkv_mm.fingerprint import fingerprint
 from headkv_mm.head_tables import (
     SHIPPED_NAME,
@@ -201,3 +201,22 @@ def test_the_shipped_table_is_for_the_embedded_model_only(tmp_path: Path, monkey
     for stranger in (other, tiny_model(num_hidden_layers=3), model.config):
         with pytest.raises(ValueError, match=r"no head table for this model; make one .* pass table='FILE.json'"):
             head_table_for(stranger)
+
+
+def test_a_cache_divides_its_budget_by_the_table(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HEADKV_MM_KERNELS", "reference")
+    model = tiny_model()
+    path = tmp_path / "heads.json"
+    save_head_table(table_of(model), path)
+    cache = HeadKVCache(model, "headkv-r2", budget=20, table=str(path), beta=1.0)
+    with torch.no_grad():
+        model(torch.randint(0, 20, (1, 80), generator=torch.Generator().manual_seed(0)), past_key_values=cache)
+    kept = torch.tensor([layer[0] for layer in cache.report().lengths], dtype=torch.float64)
+    assert int(kept.sum()) == 20 * 4, "the budget is exact over the model"
+    order = table_of(model).kv_scores().flatten().argsort()
+    assert kept.flatten()[order].diff().min() >= 0, "the higher the score, the more is kept"
+    assert kept.max() > 1.5 * kept.min()
+    with pytest.raises(ValueError, match="other weights"):
+        HeadKVCache(tiny_model(seed=1), "headkv-r2", budget=20, table=str(path))
+    with pytest.raises(ValueError, match="no head table for this model"):
+        HeadKVCache(model, "headkv-r2", budget=20)

@@ -222,7 +222,7 @@ def test_the_picture_of_a_table(layers: int, heads: int, kv_heads: int) -> None:
 
 
 def test_the_shipped_table_fits_the_embedded_model() -> None:
-    """It has to be measured again whenever the weights change: `headkv-mm heads --output .../language/heads.json`."""
+    """It has to be measured again whenever the weights change: `headkv-mm heads --output heads.json`, then copy it."""
     path = demo.text_model_path()
     model = LlamaForCausalLM.from_pretrained(path)
     table = head_table_for(model)

@@ -23,7 +23,7 @@ class WatchedLayer(DynamicLayer):  # type: ignore[misc,unused-ignore]
         self.span: tuple[int, int] | None = None
         """First and last + 1 column that counts; None while nobody looks."""
         self.found: Tensor | None = None
-        """[H] float64, the sum of `retrieval_mass` over the steps that were watched."""
+        """[H] float32, the sum of `retrieval_mass` over the steps that were watched."""
         self.kv_heads = 0
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
@@ -80,7 +80,7 @@ def retrieval_mass(
         sinks: [H], learned logits in the denominator, or None.
 
     Returns:
-        [H] float64.
+        [H] float32.
     """
     first, end = span
     groups = keys.shape[0]
@@ -96,7 +96,7 @@ def retrieval_mass(
     attention = logits.softmax(-1)[:, : keys.shape[1]]
     best, columns = attention.topk(min(end - first, keys.shape[1]), dim=-1)
     inside = (columns >= first) & (columns < end)
-    return torch.where(inside, best, 0.0).double().sum(-1) / (end - first)
+    return torch.where(inside, best, 0.0).sum(-1) / (end - first)
 
 
 class WatchedCache(Cache):  # type: ignore[misc,unused-ignore]
@@ -135,7 +135,8 @@ class WatchedCache(Cache):  # type: ignore[misc,unused-ignore]
         shapes = {(len(mass), layer.kv_heads) for mass, layer in zip(found, self.watched_layers) if mass is not None}
         if len(shapes) > 1:
             raise ValueError("the layers of this model differ in their number of heads; no head table describes that")
-        return torch.stack([mass for mass in found if mass is not None]).cpu(), shapes.pop()[1]
+        # Layers may lie on different devices.
+        return torch.stack([mass.cpu() for mass in found if mass is not None]).double(), shapes.pop()[1]
 
 
 @contextmanager
