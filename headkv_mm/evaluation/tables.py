@@ -130,5 +130,6 @@ def interval(found: Mapping[str, float] | None, *, sign: bool = False) -> str:
     if found is None:
         return "-"
     form = "+.1f" if sign else ".1f"
-    mean, low, high = (format(100 * found[name] + 0.0, form) for name in ("mean", "low", "high"))
+    # Adding zero takes the sign off a zero.
+    mean, low, high = (format(round(100 * found[name], 1) + 0.0, form) for name in ("mean", "low", "high"))
     return f"{mean} {'points' if sign else '%'} [{low}, {high}]"

@@ -94,9 +94,12 @@ def test_a_replayed_prompt_is_a_read_prompt(model: Any, method: str) -> None:
     tokens = Tokens.padded(rows, tokenizer().pad_token_id, model.device)
     reader, recording = Reader(model, [2]), Recording(model)
     mask, recorded_scores = reader.read(recording, tokens)
+    options: dict[str, Any] = {"interval": 4}
+    if method == "headkv-r2":
+        options["scores"] = ((3.0, 1.0), (1.0, 2.0))
     # What another budget has left behind must not matter.
-    replay(recording, HeadKVCache(model, method, budget=1 / 3))
-    direct, shown = (HeadKVCache(model, method, budget=1 / 4, interval=4) for _ in range(2))
+    replay(recording, HeadKVCache(model, method, budget=1 / 3, **options))
+    direct, shown = (HeadKVCache(model, method, budget=1 / 4, **options) for _ in range(2))
     _, scores = reader.read(direct, tokens)
     replay(recording, shown)
     assert torch.equal(scores, recorded_scores)

@@ -5,7 +5,9 @@ from __future__ import annotations
 
 import argparse
 import json
+import sys
 from pathlib import Path
+from typing import Any
 
 from headkv_mm.evaluation.argument_values import budgets, names, option, whole, whole_numbers
 
@@ -83,12 +85,12 @@ def run(args: argparse.Namespace) -> int:
     from headkv_mm.evaluation.text.runner import open_text_model
     from headkv_mm.evaluation.text.settings import DEFAULT_TASKS, TextSettings
     from headkv_mm.evaluation.text.tables import markdown
-    from headkv_mm.registry import methods
 
+    model, tokenizer = open_text_model(args.model, args.device)
     settings = TextSettings(
         tasks=args.tasks or DEFAULT_TASKS,
         lengths=args.lengths,
-        methods=args.methods or tuple(methods("text")),
+        methods=args.methods or _usable_methods(model),
         budgets=args.budgets,
         documents=args.documents,
         seed=args.seed,
@@ -97,7 +99,21 @@ def run(args: argparse.Namespace) -> int:
         options=tuple(args.option),
         resamples=args.resamples,
     )
-    model, tokenizer = open_text_model(args.model, args.device)
     content = evaluate_text(model, tokenizer, settings, Path(args.output), progress=not args.no_progress)
     print(json.dumps(content, indent=1) if args.json else markdown(content))
     return 0
+
+
+def _usable_methods(model: Any) -> tuple[str, ...]:
+    """All methods for text, but for those that need a head table that this model does not have."""
+    from headkv_mm.cache import HeadKVCache
+    from headkv_mm.registry import methods
+
+    usable = []
+    for name in methods("text"):
+        try:
+            HeadKVCache(model, name)
+            usable.append(name)
+        except (ValueError, OSError) as error:
+            print(f"{name} is left out: {error}", file=sys.stderr)
+    return tuple(usable)

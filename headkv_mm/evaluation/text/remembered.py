@@ -12,13 +12,13 @@ from torch import Tensor
 from headkv_mm.layer import HeadKVLayer
 from headkv_mm.pieces import Observed, Scorer
 from headkv_mm.plan import Plan
-from headkv_mm.scorers import AccumulatedAttention, WindowAttention
+from headkv_mm.scorers import AccumulatedAttention, ExpectedAttention, Redundancy, WindowAttention
 
 Scores = dict[tuple[int, Scorer], Tensor]
 """[N] float32 by layer and scorer, for one prompt."""
 
-_ALIKE_FOR_EVERY_BUDGET = (AccumulatedAttention, WindowAttention)
-"""They look at the prompt's queries and keys and at nothing else. Both read many queries, so they are the dear ones."""
+_ALIKE_FOR_EVERY_BUDGET = (AccumulatedAttention, ExpectedAttention, Redundancy, WindowAttention)
+"""They look at the prompt's queries, keys and values and at nothing else. They are the scorers that take long."""
 
 
 @dataclass(frozen=True)
