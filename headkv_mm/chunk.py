@@ -74,10 +74,11 @@ def _attend(query: Tensor, keys: Tensor, values: Tensor, visible: Tensor, *, sca
     """Torch's attention, a KV head's group side by side: [B, G, R, T, D]."""
     group, tokens = query.shape[2:4]
     mask = visible.repeat(1, 1, group, 1)  # [B, G, R * T, M]
-    output = scaled_dot_product_attention(query.flatten(2, 3), keys, values, attn_mask=mask, scale=scale)
+    output: Tensor = scaled_dot_product_attention(query.flatten(2, 3), keys, values, attn_mask=mask, scale=scale)
     # Where nothing is visible a backend may give NaN or the mean of everything.
     some = mask.any(-1, keepdim=True)
-    return torch.where(some, output, 0.0).unflatten(2, (group, tokens)).to(query.dtype)
+    shown = torch.where(some, output, 0.0).to(query.dtype)
+    return shown.view(*query.shape)
 
 
 def _attend_in_full(
