@@ -19,6 +19,7 @@ from .compression import Compression
 from .image_grid import ImageGrid
 from .layer import HeadKVLayer
 from .memory import CacheReport
+from .model_pool import ModelPool
 from .plan import LayerPlace
 
 
@@ -90,6 +91,7 @@ class HeadKVCache(Cache):
                 for index, layer in enumerate(layers)
             ]
         )
+        self._share_pool()
 
     @contextmanager
     def reading(self) -> Iterator[None]:
@@ -127,7 +129,13 @@ class HeadKVCache(Cache):
         twin.layers = [
             layer.copy(evicts=evict) if isinstance(layer, HeadKVLayer) else deepcopy(layer) for layer in self.layers
         ]
+        twin._share_pool()
         return twin
+
+    def _share_pool(self) -> None:
+        pool = ModelPool()
+        for layer in self.compressed_layers:
+            layer.share_pool(pool)
 
     def save(self, path: str | os.PathLike[str], model: Any, *, extra: Mapping[str, Any] | None = None) -> None:
         """Write the cache to one safetensors file, atomically; see `headkv_mm.saved_cache`.

@@ -23,6 +23,7 @@ from .image_compressor import ImageCompressor
 from .image_grid import ImageGrid
 from .layer_state import LayerState
 from .memory import storage_cost
+from .model_pool import ModelPool
 from .pieces import Allocation
 from .plan import LayerPlace, Plan
 from .prompt import Prompt, Reading
@@ -63,6 +64,8 @@ class HeadKVLayer(CacheLayerMixin):
     def __init__(self, pieces: Pieces | None, budget: Budget, grid: ImageGrid | None, place: LayerPlace) -> None:
         super().__init__()
         self.pieces, self.budget, self.grid, self.place = pieces, budget, grid, place
+        self.pool = ModelPool()
+        """Where it meets the other layers of its cache; see `share_pool`."""
         self._clear()
 
     def _clear(self) -> None:
@@ -320,7 +323,7 @@ class HeadKVLayer(CacheLayerMixin):
             self._dense_bytes = keys.nbytes + values.nbytes
             padding = (~visible).sum(-1, dtype=torch.int32)
             self.compressor = TextCompressor(
-                self.pieces, self.plan, keys, values, padding, row_prompt, prompt.asked(tokens, padding)
+                self.pieces, self.plan, keys, values, padding, row_prompt, prompt.asked(tokens, padding), self.pool
             )
 
     def _divide_bytes(self, pieces: Pieces, keys: Tensor, query_heads: int, longest: int) -> None:
@@ -340,6 +343,12 @@ class HeadKVLayer(CacheLayerMixin):
     def _prompt_queries(self, pieces: Pieces, plan: Plan) -> int:
         """How many of a prompt's last queries the decision at its end looks at."""
         return max(pieces.scorer.queries_needed(plan, decoding=False), pieces.allocator.queries_needed(plan), 1)
+
+    def share_pool(self, pool: ModelPool) -> None:
+        """Meet the other layers of the cache in `pool`."""
+        self.pool = pool
+        if isinstance(self.compressor, TextCompressor):
+            self.compressor.pool = pool
 
     def copy(self, *, evicts: bool) -> HeadKVLayer:
         """An independent layer with the same content; with `evicts=False` nothing ever leaves it."""
@@ -381,7 +390,7 @@ class HeadKVLayer(CacheLayerMixin):
                 self._set_plan(self._text_plan(self.pieces, numbers["budget"]))
             if numbers["compressor"] is not None and self.pieces is not None and isinstance(self.plan, TextPlan):
                 self.compressor = TextCompressor.restored(
-                    self.pieces, self.plan, LayerState(held, numbers["compressor"])
+                    self.pieces, self.plan, LayerState(held, numbers["compressor"]), self.pool
                 )
         except (KeyError, TypeError) as error:
             raise ValueError(f"the saved cache lacks a part of a layer ({error}); read the document again") from error

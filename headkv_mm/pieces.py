@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -131,6 +131,24 @@ class Allocator(Protocol):
 
     def allocate(self, observed: Observed, scores: Tensor) -> Allocation:
         """Divide `observed.row_budgets` among the heads. `scores` [N] are the scorer's."""
+        ...
+
+
+@runtime_checkable
+class ModelAllocator(Allocator, Protocol):
+    """An allocator that may compare the entries of all layers of a text's cache before it decides."""
+
+    @property
+    def over_layers(self) -> bool:
+        """True if it does; its `allocate` is then not asked."""
+        ...
+
+    def preselect(self, observed: Observed, scores: Tensor) -> Allocation:
+        """What a layer must keep until the others have come. It has to hold whatever `divide` may give it."""
+        ...
+
+    def divide(self, layers: Sequence[tuple[Observed, Tensor]]) -> list[Allocation]:
+        """Divide one budget, given every layer's preselected entries and their scores [N], in the model's order."""
         ...
 
 

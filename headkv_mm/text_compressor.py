@@ -15,7 +15,8 @@ from .chunk import attend_chunk
 from .compressor import LayerCompressor
 from .decided import Decided
 from .layer_state import LayerState
-from .pieces import Allocation, Observed
+from .model_pool import ModelPool
+from .pieces import Allocation, ModelAllocator, Observed
 from .ragged import RaggedKV
 from .registry import Pieces
 from .text_plan import TextPlan
@@ -59,6 +60,7 @@ class TextCompressor(LayerCompressor):
         padding: [B] int32, padding columns of each row.
         row_prompt: real prompt tokens of each row, on the host.
         asked: the prompt's queries, the last of them at least.
+        pool: where the layers of the cache meet if the allocator compares them.
     """
 
     plan: TextPlan
@@ -72,8 +74,11 @@ class TextCompressor(LayerCompressor):
         padding: Tensor,
         row_prompt: list[int],
         asked: Asked,
+        pool: ModelPool | None = None,
     ) -> None:
         super().__init__(pieces, plan, keys.shape[1])
+        self.pool = pool or ModelPool()
+        self._fresh: list[int] = []  # rows that wait for the other layers
         self.evicts = True
         """False in copies that only grow."""
         self.row_seen = list(row_prompt)
@@ -227,7 +232,7 @@ class TextCompressor(LayerCompressor):
         return LayerState(tensors, numbers)
 
     @classmethod
-    def restored(cls, pieces: Pieces, plan: TextPlan, state: LayerState) -> TextCompressor:
+    def restored(cls, pieces: Pieces, plan: TextPlan, state: LayerState, pool: ModelPool) -> TextCompressor:
         """A compressor with the content that `state` holds.
 
         Raises:
@@ -236,6 +241,7 @@ class TextCompressor(LayerCompressor):
         tensors, numbers = state.tensors, state.numbers
         new = object.__new__(cls)
         LayerCompressor.__init__(new, pieces, plan, tensors["start"].shape[1])
+        new.pool, new._fresh = pool, []
         for name in _NUMBERS:
             setattr(new, name, numbers[name])
         new.seen = tensors["seen"]
@@ -288,6 +294,10 @@ class TextCompressor(LayerCompressor):
         over = [self.evicts and seen > entries for seen, entries in zip(self.row_seen, self.row_entries, strict=True)]
         victims = self._choose(asked, budgets, over, decoding=decoding) if any(over) else None
         self._make_room(victims, in_place=decoding)
+        if self._fresh:
+            self._track_peak()
+            self.pool.wait(self)
+            return
         if self.wants_mass and self.store.mass is None:
             self.store.mass = torch.zeros(self.store.keys.shape[0], device=self.seen.device)
             if self.pieces.scorer.accumulates:
@@ -321,12 +331,64 @@ class TextCompressor(LayerCompressor):
             store.mass = scores  # it goes along with the entries
         fresh = [row for row, late in enumerate(over) if late and self._decided[row] is None]
         if fresh:
-            allocation = self.pieces.allocator.allocate(observed, scores)
+            if self.over_layers:
+                allocation = self.model_allocator.preselect(observed, scores)
+                store.mass, self._fresh = scores, fresh  # scores go along with the entries
+            else:
+                allocation = self.pieces.allocator.allocate(observed, scores)
             for row in fresh:
                 self._decided[row] = Decided.of(allocation, row, budgets[row])
         if fresh or isinstance(plan.budget, float) or self.allocation is None:
             self.allocation = self._joined(budgets)
         return self.pieces.selector.victims(observed, self.allocation, scores)
+
+    @property
+    def over_layers(self) -> bool:
+        """Does the allocator compare the entries of all layers?"""
+        return isinstance(self.pieces.allocator, ModelAllocator) and self.pieces.allocator.over_layers
+
+    @property
+    def model_allocator(self) -> ModelAllocator:
+        """The allocator.
+
+        Raises:
+            TypeError: if it does not compare layers.
+        """
+        if not isinstance(self.pieces.allocator, ModelAllocator):
+            raise TypeError(f"{type(self.pieces.allocator).__name__} divides the budget of one layer only")
+        return self.pieces.allocator
+
+    def waiting(self) -> tuple[Observed, Tensor]:
+        """While the layer waits for the others: what it holds, and the scores of its entries [N].
+
+        Raises:
+            RuntimeError: if it does not wait.
+        """
+        if not self._fresh or self.store.mass is None:
+            raise RuntimeError("this layer has decided already")
+        budgets = [entries - first for entries, first in zip(self.row_entries, self.row_condition, strict=True)]
+        observed = Observed(
+            store=self.store,
+            plan=self.plan,
+            condition=self.condition,
+            seen=self.seen,
+            scale=1.0,
+            row_budgets=budgets,
+            row_seen=self.row_seen,
+        )
+        return observed, self.store.mass
+
+    def settle(self, allocation: Allocation) -> None:
+        """All layers have come: evict down to what was allocated to this one."""
+        observed, scores = self.waiting()
+        for row in self._fresh:
+            self._decided[row] = Decided.of(allocation, row, observed.row_budgets[row])
+        self._fresh = []
+        self.allocation = self._joined(list(observed.row_budgets))
+        self._make_room(self.pieces.selector.victims(observed, self.allocation, scores), in_place=False)
+        if not self.wants_mass:
+            self.store.mass = None
+        self._forget()
 
     def _joined(self, budgets: list[int]) -> Allocation:
         """The rows' allocations as one, each grown to its row's budget; rows within their budget keep everything."""

@@ -3,10 +3,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 from ..pieces import Allocation, Observed
 from ..plan import Plan
@@ -25,6 +28,11 @@ class Pooled:
     counted by head: f_g. A head keeps its window and `(1 - alpha) f_g + alpha b` entries, made whole by largest
     remainder, so that a layer holds exactly its budget.
 
+    With `scope="model"` the heads of all layers compete for one pool, and all layers together hold exactly the budget.
+    Until the last layer has come, every layer keeps its G b `candidates` best (and every head at least b), so the
+    outcome is that of all entries as long as no layer wins more than `candidates` times the mean. Of an image, whose
+    budget is decided layer by layer, the scope is always the layer.
+
     While an image is written the budget is decided before all of its tokens are there; then the same share of what is
     there is counted as will be kept of the whole image.
 
@@ -32,16 +40,29 @@ class Pooled:
         alpha: share that is the same for every head; 1 is the uniform budget, 0 the pure competition.
         window: newest tokens of a text that are protected, at most half of the budget.
         window_rows: newest rows of an image that are protected.
+        scope: "layer" or "model", who competes.
+        candidates: budgets that a layer holds until the last one has come; for scope "model".
     """
 
     alpha: float = 0.2
     window: int = 32
     window_rows: float = 1.0
+    scope: Literal["layer", "model"] = "layer"
+    candidates: int = 4
 
     def __post_init__(self) -> None:
         if not 0.0 <= self.alpha <= 1.0:
             raise ValueError(f"alpha must lie in [0, 1], got {self.alpha}")
         check_windows(self.window, self.window_rows)
+        if self.scope not in ("layer", "model"):
+            raise ValueError(f"scope must be 'layer' or 'model', got {self.scope!r}")
+        if not isinstance(self.candidates, int) or self.candidates < 1:
+            raise ValueError(f"candidates must be a whole number of budgets, at least 1, got {self.candidates!r}")
+
+    @property
+    def over_layers(self) -> bool:
+        """True for scope "model"."""
+        return self.scope == "model"
 
     def queries_needed(self, plan: Plan) -> int:
         """None are looked at."""
@@ -51,27 +72,69 @@ class Pooled:
         """Count the best of every row and divide its budget."""
         plan, heads, budgets = observed.plan, observed.store.kv_heads, observed.row_budgets
         windows = plan.windows_of(budgets, tokens=self.window, rows=self.window_rows)
-        ratios = [
-            (budget - window, max(plan.limit(seen) - window, budget - window, 1))
+        room = [
+            max(plan.limit(seen) - window, budget - window, 1)
             for budget, window, seen in zip(budgets, windows, observed.row_seen, strict=True)
         ]
-        window = observed.per_row(windows)  # [B, 1]
-        free, room = (observed.per_row(numbers).long() for numbers in zip(*ratios, strict=True))
+        window, free = observed.per_row(windows), observed.per_row(budgets) - observed.per_row(windows)  # [B, 1]
         candidates, values = _candidates(observed, scores, window)  # [B, G, M]
         there = candidates.sum((1, 2))[:, None] // heads  # [B, 1], candidates per head
-        # In a text `there` is `room` wherever something has to leave, so this is exactly b.
-        counted = ((there * free + room // 2) // room).clamp(min=1)
-        found = best_of_row(values, candidates, counted * heads)  # [B, G]
-        uniform = round(self.alpha * _UNITS)
-        weights = ((_UNITS - uniform) * found + uniform * counted).clamp(min=0)
-        weights = torch.where(weights.sum(-1, keepdim=True) > 0, weights, 1)
-        targets = window + scaled(weights, free * heads)
-        return Allocation(
-            targets=targets.to(torch.int32),
-            windows=window.expand_as(targets).contiguous(),
-            row_totals=[budget * heads for budget in budgets],
-            largest=int(targets.max()),
+        # In a text `there` is all the room wherever something has to leave, so this is exactly b.
+        limit = observed.per_row(room).long()
+        counted = ((there * free + limit // 2) // limit).clamp(min=1)
+        return _allocation(window + self._shares(values, candidates, counted, free), window)
+
+    def preselect(self, observed: Observed, scores: Tensor) -> Allocation:
+        """The layer's best, a few budgets of them, and in every head its own best up to the mean."""
+        windows = observed.plan.windows_of(observed.row_budgets, tokens=self.window, rows=self.window_rows)
+        window, free = observed.per_row(windows), observed.per_row(observed.row_budgets) - observed.per_row(windows)
+        candidates, values = _candidates(observed, scores, window)
+        found = best_of_row(values, candidates, free * (self.candidates * values.shape[1]))
+        return _allocation(window + found.maximum(free), window)
+
+    def divide(self, layers: Sequence[tuple[Observed, Tensor]]) -> list[Allocation]:
+        """Count the best of every row over all layers and divide the model's budget."""
+        first = layers[0][0]
+        heads, device = first.store.kv_heads, first.seen.device
+        windows = first.plan.windows_of(first.row_budgets, tokens=self.window, rows=self.window_rows)
+        window, free = first.per_row(windows), first.per_row(first.row_budgets) - first.per_row(windows)
+        parts = [_candidates(observed, scores, observed.per_row(windows)) for observed, scores in layers]
+        longest = max(values.shape[-1] for _, values in parts)
+        # Newest first, so what fills up comes before. Layers side by side: [B, L * G, M].
+        candidates, values = (
+            torch.cat([pad(part[index].to(device), (longest - part[index].shape[-1], 0)) for part in parts], dim=1)
+            for index in (0, 1)
         )
+        targets = window + self._shares(values, candidates, free, free)  # [B, L * G]
+        totals = targets.unflatten(1, (-1, heads)).sum(-1)  # [B, L]
+        before = (totals.cumsum(-1) - totals).T.tolist()
+        return [
+            _allocation(part.to(observed.seen.device), observed.per_row(windows), before[index])
+            for index, ((observed, _), part) in enumerate(zip(layers, targets.split(heads, dim=1), strict=True))
+        ]
+
+    def _shares(self, values: Tensor, candidates: Tensor, counted: Tensor, free: Tensor) -> Tensor:
+        """What each of K heads may choose, [B, K]: rows sum to exactly K times `free` [B, 1].
+
+        The K times `counted` [B, 1] best of a row's values [B, K, M] are counted.
+        """
+        heads = values.shape[1]
+        found = best_of_row(values, candidates, counted * heads)
+        uniform = round(self.alpha * _UNITS)
+        weights = (_UNITS - uniform) * found + uniform * counted
+        weights = torch.where(weights.sum(-1, keepdim=True) > 0, weights, 1)
+        return scaled(weights, free.long() * heads)
+
+
+def _allocation(targets: Tensor, windows: Tensor, before: list[int] | None = None) -> Allocation:
+    """Targets [B, G] and windows [B, 1] with what the host must know of them."""
+    return Allocation(
+        targets=targets.to(torch.int32),
+        windows=windows.expand_as(targets).contiguous(),
+        row_totals=targets.sum(-1).tolist(),
+        largest=int(targets.max()),
+        row_before=before,
+    )
 
 
 def _candidates(observed: Observed, scores: Tensor, window: Tensor) -> tuple[Tensor, Tensor]:

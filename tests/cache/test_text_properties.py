@@ -16,12 +16,13 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from headkv_mm import methods
+from headkv_mm.model_pool import ModelPool
 from headkv_mm.plan import LayerPlace
 from headkv_mm.registry import get_method
 from headkv_mm.text_compressor import Asked, TextCompressor
 from headkv_mm.text_plan import text_plan
 
-COMPRESSING = [name for name in methods("text") if get_method(name).compresses]
+COMPRESSING = [name for name in methods("text") if get_method(name).compresses] + ["adakv over layers"]
 HEAD_DIM, LAYERS = 8, 3
 SCALE = HEAD_DIM**-0.5
 
@@ -51,7 +52,10 @@ class Driver:
     def __init__(self, name: str, scene: dict[str, Any], rows: list[int]) -> None:
         self.scene, self.kv_heads = scene, scene["kv_heads"]
         self.heads = self.kv_heads * scene["group"]
+        name, _, over_layers = name.partition(" ")
         method = get_method(name).with_options({"interval": scene["interval"]})
+        if over_layers:
+            method = method.with_options({"scope": "model"})
         if "tau" in method.options:
             method = method.with_options({"tau": scene["tau"]})
         if "scores" in method.options:
@@ -63,6 +67,7 @@ class Driver:
         longest = max(self.lengths)
         padding = torch.tensor([longest - length for length in self.lengths], dtype=torch.int32)
         positions = (torch.arange(longest)[None] - padding[:, None]).clamp(min=-1).to(torch.int32)
+        self.pool = ModelPool()
         self.layers = [self.prompt(layer, longest, padding, positions) for layer in range(LAYERS)]
 
     def prompt(self, layer: int, longest: int, padding: Tensor, positions: Tensor) -> TextCompressor:
@@ -75,7 +80,7 @@ class Driver:
             place=LayerPlace(layer, LAYERS),
         )
         return TextCompressor(
-            self.pieces, plan, keys, values, padding, list(self.lengths), Asked(queries, positions, SCALE)
+            self.pieces, plan, keys, values, padding, list(self.lengths), Asked(queries, positions, SCALE), self.pool
         )
 
     def padded(self, heads: int, longest: int) -> Tensor:
