@@ -13,8 +13,7 @@ import numpy as np
 
 from .bits import exp_of_nonpositive, widen
 from .jit import jit
-from .parts import BEGIN, COUNT
-from .softmax import exp_below, largest, soft_cap, softmax_weights
+from .softmax import exp_below, largest, soft_cap
 
 
 @jit
@@ -101,51 +100,6 @@ def weighted_values(weights: Any, values: Any, begin: Any, count: Any, out: Any)
 
 
 @jit
-def attend(
-    query: Any,
-    keys: Any,
-    values: Any,
-    begin: Any,
-    count: Any,
-    scale: Any,
-    softcap: Any,
-    sinks: Any,
-    mass: Any,
-    logits: Any,
-    out: Any,
-) -> None:
-    """One region's attention.
-
-    Args:
-        query: [R, D] float32.
-        keys, values: [N, D]; the region is begin .. begin + count.
-        softcap: 0 for none.
-        sinks: [R] float32, or empty for none.
-        mass: [N] float32, added to; or empty for none.
-        logits: [R, at least count] float32 scratch.
-        out: [R, D] float32.
-    """
-    if count == 0:
-        out[:] = np.float32(0.0)
-        return
-    group_logits(query, keys, begin, count, scale, logits)
-    for r in range(query.shape[0]):
-        row = logits[r, :count]
-        if softcap > 0:
-            soft_cap(row, softcap)
-        has_sink = sinks.size > 0
-        total = softmax_weights(row, sinks[r] if has_sink else np.float32(0.0), has_sink)
-        share = np.float32(1.0) / total
-        for j in range(count):
-            row[j] *= share
-        if mass.size > 0:
-            own_mass = mass[begin : begin + count]
-            for j in range(count):
-                own_mass[j] += row[j]
-    weighted_values(logits, values, begin, count, out)
-
-
-@jit
 def attend_part(
     query: Any,
     keys: Any,
@@ -159,7 +113,7 @@ def attend_part(
     totals: Any,
     out: Any,
 ) -> None:
-    """Attention over a part of a region, for `merge_parts`.
+    """Attention over a part of a region, or all of it, for `merge_parts`.
 
     Args:
         query: [R, D] float32.
@@ -212,19 +166,15 @@ def weights_of_part(weights: Any, begin: Any, count: Any, group: Any) -> Any:
 
 
 @jit
-def add_mass_of_parts(tasks: Any, factors: Any, weights: Any, mass: Any) -> None:
-    """Add the attention of one region's parts to the running mass.
+def add_mass(weights: Any, factors: Any, mass: Any) -> None:
+    """Add the attention of a part to its slots' running mass.
 
     Args:
-        tasks: [P, COLUMNS] int64.
-        factors: [P, R] float32, from `merge_parts`.
-        weights: [N * R] float32, from `attend_part`.
-        mass: [N] float32.
+        weights: [R, at least n] float32, from `attend_part`.
+        factors: [R] float32, from `merge_parts`.
+        mass: [n] float32.
     """
-    parts, group = factors.shape
-    for p in range(parts):
-        begin, count = tasks[p, BEGIN], tasks[p, COUNT]
-        own, own_mass = weights_of_part(weights, begin, count, group), mass[begin : begin + count]
-        for r in range(group):
-            for j in range(count):
-                own_mass[j] += own[r, j] * factors[p, r]
+    for r in range(factors.size):
+        row, factor = weights[r], factors[r]
+        for j in range(mass.size):
+            mass[j] += row[j] * factor

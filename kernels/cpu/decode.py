@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .attend import add_mass_of_parts, attend, attend_part, merge_parts, weights_of_part
+from .attend import add_mass, attend_part, merge_parts, weights_of_part
 from .jit import SOURCES, jit, worker
 from .job import (
     FIRST,
@@ -83,22 +83,32 @@ def _decode(address: int, element: Any) -> None:
         if appends and end == np.int64(start[region]) + np.int64(length[region]):
             position, last = new_positions[region // heads], end - 1
             write_entry(new_keys[region], new_values[region], position, keys, values, positions, mass, last)
-        own_sinks = sinks
-        if sinks.size > 0:
-            own_sinks = sinks[region % heads * group : (region % heads + 1) * group]
-        if parts == 1:
-            attend(query[region], keys, values, begin, count, scale, softcap, own_sinks, mass, logits, out[region])
+        if count == 0:
+            out[region] = np.float32(0.0)
         else:
-            own_weights = weights_of_part(weights, begin, count, group) if weights.size > 0 else logits
-            peak, total = peaks[ticket], totals[ticket]
+            own_sinks = sinks
+            if sinks.size > 0:
+                own_sinks = sinks[region % heads * group : (region % heads + 1) * group]
+            first, shared = table[ticket, FIRST_TASK], parts > 1 and weights.size > 0
+            own_weights = weights_of_part(weights, begin, count, group) if shared else logits
             attend_part(
-                query[region], keys, values, begin, count, scale, softcap, own_weights, peak, total, partial[ticket]
-            )
+                query[region], keys, values, begin, count, scale, softcap, own_weights,
+                peaks[ticket], totals[ticket], partial[ticket],
+            )  # fmt: skip
             if fetch_and_add_one(done[region : region + 1]) == parts - 1:
-                own = slice(table[ticket, FIRST_TASK], table[ticket, FIRST_TASK] + parts)
-                merge_parts(peaks[own], totals[own], partial[own], own_sinks, out[region])
-                if weights.size > 0:
-                    add_mass_of_parts(table[own], peaks[own], weights, mass)
+                merge_parts(
+                    peaks[first : first + parts],
+                    totals[first : first + parts],
+                    partial[first : first + parts],
+                    own_sinks,
+                    out[region],
+                )
+                if mass.size > 0:
+                    for task in range(first, first + parts):
+                        begin, count = table[task, BEGIN], table[task, COUNT]
+                        if shared:
+                            own_weights = weights_of_part(weights, begin, count, group)
+                        add_mass(own_weights, peaks[task], mass[begin : begin + count])
         ticket = next_ticket(job, job[_TASKS])
 
 
