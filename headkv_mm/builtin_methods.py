@@ -105,7 +105,7 @@ register_method(
 )
 register_method(
     "r-kv",
-    image=Pieces(Redundancy(), Uniform(), _BY_SCORE, EachRow()),
+    image=Pieces(Redundancy(), Uniform(window=8), _BY_SCORE, EachRow()),
     text=Pieces(Redundancy(), Uniform(window=8), _BY_SCORE, EachInterval()),
     description="The same budget for every head; what the last queries attend to and no newer entry repeats.",
     source="arXiv 2505.24133",

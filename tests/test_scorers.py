@@ -142,21 +142,21 @@ def test_key_difference(decoding: bool) -> None:
 
 
 @pytest.mark.parametrize("decoding", [False, True])
-@pytest.mark.parametrize("window", [1, 4, 128])
-def test_expected_attention(decoding: bool, window: int) -> None:
+@pytest.mark.parametrize("count", [1, 4, 128])
+def test_expected_attention(decoding: bool, count: int) -> None:
     epsilon = 0.02
 
     def formula(positions: list[int], keys: Tensor, values: Tensor, queries: Tensor) -> list[float]:
         attention = torch.zeros(len(keys), dtype=torch.float64)
         for head in range(GROUP):
-            last = queries[-window:, head]
+            last = queries[-count:, head]
             mean = last.mean(0)
             covariance = (last - mean).T @ (last - mean) / len(last)
             expected = [math.exp(SCALE * dot(mean, key) + SCALE**2 * dot(key, covariance @ key) / 2) for key in keys]
             attention += torch.tensor(expected, dtype=torch.float64) / sum(expected) / GROUP
         return [(float(share) + epsilon) * norm(value) for share, value in zip(attention, values, strict=True)]
 
-    check(ExpectedAttention(window=window, epsilon=epsilon), formula, observation(decoding=decoding))
+    check(ExpectedAttention(queries=count, epsilon=epsilon), formula, observation(decoding=decoding))
 
 
 def likeness_formula(keys: Tensor, threshold: float) -> list[float]:
@@ -287,7 +287,7 @@ def test_scores_are_float32_whatever_the_model_is(scorer: Any, dtype: torch.dtyp
 @pytest.mark.parametrize(
     ("name", "options", "message"),
     [
-        ("ExpectedAttention", {"window": 0}, "window must be a whole number"),
+        ("ExpectedAttention", {"queries": 0}, "queries must be a whole number"),
         ("ExpectedAttention", {"epsilon": -1.0}, "epsilon must not be negative"),
         ("Redundancy", {"pool": 4}, "pool must be an odd number"),
         ("Redundancy", {"importance": 1.5}, r"importance must lie in \[0, 1\]"),

@@ -155,11 +155,11 @@ def mean_over_heads(scores: Tensor, observed: Observed) -> Tensor:
     return (total / count.clamp(min=1))[place]
 
 
-def check_window(window: int) -> None:
-    """Refuse what is no number of tokens.
+def check_window(window: int, name: str = "window") -> None:
+    """Refuse what is no number of tokens; `name` is the option's.
 
     Raises:
         ValueError: for anything but a positive whole number.
     """
     if not isinstance(window, int) or isinstance(window, bool) or window < 1:
-        raise ValueError(f"window must be a whole number of tokens, at least 1, got {window!r}")
+        raise ValueError(f"{name} must be a whole number of tokens, at least 1, got {window!r}")

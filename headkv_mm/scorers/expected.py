@@ -20,33 +20,33 @@ _BLOCK_ELEMENTS = 1 << 23
 class ExpectedAttention(Scorer):
     """Attention expected from Gaussian queries with the mean and covariance of the last ones (arXiv 2510.00636).
 
-    With mean m and full covariance S of a query head's last `window` rotated queries, an entry's logit is
+    With mean m and full covariance S of a query head's last `queries` rotated queries, an entry's logit is
     `scale m.k + scale^2 k.S.k / 2`. Its softmax over the region, averaged over the group, gives a; the score is
     `(a + epsilon) ||v||`. `scale m.k` is the mean of the queries' logits and `scale^2 k.S.k` their variance, so they
     are computed from the logits and no D x D matrix is kept. A softcap or learned sinks of the model are left out: the
     expectation has no closed form with them.
 
     Attributes:
-        window: queries, of the prompt or of the tokens decoded since the last eviction (fewer if there are no more).
+        queries: how many, of the prompt or of the tokens decoded since the last eviction (fewer if there are no more).
         epsilon: added to the expected attention, so that among entries that nobody asks for the values decide.
     """
 
-    window: int = 128
+    queries: int = 128
     epsilon: float = 0.01
 
     def __post_init__(self) -> None:
-        check_window(self.window)
+        check_window(self.queries, "queries")
         if self.epsilon < 0:
             raise ValueError(f"epsilon must not be negative, got {self.epsilon}")
 
     def queries_needed(self, plan: Plan, *, decoding: bool) -> int:
-        """The window's; while decoding no more than there are between two evictions."""
-        return min(self.window, plan.step) if decoding else self.window
+        """As many as were asked for; while decoding no more than there are between two evictions."""
+        return min(self.queries, plan.step) if decoding else self.queries
 
     def score_entries(self, observed: Observed) -> Tensor:
         """Scores [N] float32."""
         store = observed.store
-        queries, positions = observed.last_queries(self.window)  # [B, Q, H, D], [B, Q]
+        queries, positions = observed.last_queries(self.queries)  # [B, Q, H, D], [B, Q]
         slots, filled = region_slots(store)  # [B, G, M]
         # The CPU has float64 at half the speed, and sums that do not depend on the batch; GPUs often have not.
         dtype = torch.float64 if slots.device.type == "cpu" else torch.float32
