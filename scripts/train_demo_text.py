@@ -48,6 +48,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--checkpoint-minutes", type=float, default=2.0, help="time between checkpoints")
     parser.add_argument("--peek-tokens", type=int, default=1_000_000, help="training tokens between two scores")
     parser.add_argument("--evaluation-documents", type=int, default=256, help="documents for every length and seed")
+    parser.add_argument("--note", default="", help="a sentence about this run for the model's card")
     parser.add_argument("--resume", action="store_true", help="go on from the checkpoint")
     parser.add_argument("--evaluate-only", action="store_true", help="measure the model in OUTPUT again")
     arguments = parser.parse_args()
@@ -134,7 +135,7 @@ def train(arguments: argparse.Namespace) -> tuple[Any, dict[str, Any]]:
             last_saved = time.monotonic()
     save_checkpoint(arguments.checkpoint, model, optimizers, progress)
     done = {key: progress[key] for key in ("step", "tokens", "seconds", "stage")}
-    settings = {key: getattr(arguments, key) for key in ("forgetful_tokens", "seed", "threads")}
+    settings = {key: getattr(arguments, key) for key in ("forgetful_tokens", "seed", "threads", "note")}
     return model, {**done, **settings}
 
 

@@ -123,6 +123,7 @@ def model_card(evaluation: dict[str, Any], training: dict[str, Any]) -> str:
         threads=training["threads"],
         seed=training["seed"],
         forgetful=_forgetful(training),
+        note=f"\n{training['note']}\n" if training.get("note") else "",
     )
 
 
@@ -176,12 +177,12 @@ The answer repeats the sentence that holds it. Facts have this form and no other
 
 From nothing, on documents generated on the fly: `python scripts/train_demo_text.py --output language`, {tokens:.1f} M
 tokens, {steps:,} steps, {minutes:.0f} minutes with {threads} CPU thread(s), seed {seed}. First repeated random
-segments, then documents of 128, 192, 256, 512, 1024 and 2048 tokens, each until the loss was small, then mixed lengths
-of 128 to 2560 tokens; a third of the batches skipped positions, so that short rows taught long distances. One name
-("warm river") in eight, chosen by a hash, was never trained on; the scores below are of documents with only such names.
+segments, then documents of 128, 192, 256 and 512 tokens, each until the loss was small, then mixed lengths of 128 to
+2560 tokens; a third of those batches skipped positions, so that short rows taught long distances. One name ("warm
+river") in eight, chosen by a hash, was never trained on; the scores below are of documents with only such names.
 
 {forgetful}
-
+{note}
 ## Scores
 
 Greedy decoding with `generate`, full cache, {documents} unseen documents for every length and seed. Right means that

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 from headkv_mm.demo.documents import sentences as make
 from headkv_mm.demo.documents.document import question_text
-from headkv_mm.demo.documents.sentences import Needle, Question
+from headkv_mm.demo.documents.sentences import Needle, Question, Supply
 from headkv_mm.demo.documents.tasks import scatter
 from headkv_mm.demo.documents.words import draw_names
 from headkv_mm.demo.text_tokenizer import BOS, EOS, PAD, TOKENS
@@ -80,7 +80,7 @@ def document_row(rng: random.Random, length: int, mix: dict[str, float], distinc
     kinds = list(mix)
     if rng.random() < 0.5:  # a document of one kind, as in the evaluation
         kinds = [rng.choices(kinds, [mix[kind] for kind in kinds])[0]]
-    names = _names(rng, distinct)
+    names, supply = _names(rng, distinct), Supply(rng)
     facts, asked = length * rng.uniform(0.12, 0.5), length * rng.uniform(0.25, 0.6)
     if kinds == ["list"]:
         facts = min(facts, MOST_LISTS * 18)
@@ -88,7 +88,7 @@ def document_row(rng: random.Random, length: int, mix: dict[str, float], distinc
     questions: list[Question] = []
     told = said = 0
     while told < facts or not questions:
-        group, question = _draw(rng, rng.choices(kinds, [mix[kind] for kind in kinds])[0], names, length)
+        group, question = _draw(supply, rng.choices(kinds, [mix[kind] for kind in kinds])[0], names, length)
         size = sum(len(token_ids(sentence)) for needle in group for sentence in needle.sentences)
         turn = len(_turn(question)[0])
         if told + size + said + turn + 1 > length:
@@ -144,24 +144,25 @@ def _names(rng: random.Random, distinct: bool) -> Iterator[str]:
             yield name
 
 
-def _draw(rng: random.Random, kind: str, names: Iterator[str], length: int) -> tuple[list[Needle], Question]:
+def _draw(supply: Supply, kind: str, names: Iterator[str], length: int) -> tuple[list[Needle], Question]:
     """Needles of one kind and the question about all of them."""
+    rng = supply.rng
 
     def take(count: int) -> list[str]:
         return [next(names) for _ in range(count)]
 
     if kind == "joint":
-        needles = [make.number_needle(rng, name) for name in take(rng.randint(2, 4))]
+        needles = [make.number_needle(supply, name) for name in take(rng.randint(2, 4))]
         return needles, make.joint_question(needles)
     if kind == "frequent":
         needle = make.frequent_word_needle(rng, rng.randint(6, max(6, min(40, length // 16))))
     elif kind == "route":
-        needle = make.route_needle(rng, take(rng.randint(2, max(2, min(64, length // 50)))))
+        needle = make.route_needle(supply, take(rng.randint(2, max(2, min(64, length // 50)))))
     elif kind == "chain":
-        needle = make.chain_needle(rng, *take(2))
+        needle = make.chain_needle(supply, *take(2))
     else:
         builders = {"number": make.number_needle, "values": make.values_needle, "list": make.list_needle}
-        needle = builders[kind](rng, *take(1))
+        needle = builders[kind](supply, *take(1))
     return [needle], needle.question
 
 

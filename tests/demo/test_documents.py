@@ -23,7 +23,7 @@ from headkv_mm.demo.documents import (
     score_answer,
 )
 from headkv_mm.demo.documents.examples import EXAMPLE_LENGTHS, example_documents, make_example, write_examples
-from headkv_mm.demo.documents.sentences import Question, joint_question, number_needle
+from headkv_mm.demo.documents.sentences import Question, Supply, joint_question, number_needle
 from headkv_mm.demo.documents.words import draw_names
 
 seeds = st.integers(0, 2**32)
@@ -172,8 +172,8 @@ def test_scores() -> None:
 
 
 def test_a_joint_question_asks_for_all() -> None:
-    rng = random.Random(0)
-    needles = [number_needle(rng, name) for name in ("warm river", "old mill")]
+    supply = Supply(random.Random(0))
+    needles = [number_needle(supply, name) for name in ("warm river", "old mill")]
     question = joint_question(needles)
     assert question.text.count("of the") == 2
     assert question.answers == tuple(needle.question.answers[0] for needle in needles)

@@ -34,7 +34,16 @@ RESULTS = {
     "cache": "full",
     "results": [{"length": 512, "seed": 1, "exact": 0.5, "tasks": {"single": 0.25, "list": 0.75}}],
 }
-TRAINING = {"step": 3, "tokens": 2_000_000, "seconds": 60.0, "stage": 2, "forgetful_tokens": 5, "seed": 0, "threads": 1}
+TRAINING = {
+    "step": 3,
+    "tokens": 2_000_000,
+    "seconds": 60.0,
+    "stage": 2,
+    "forgetful_tokens": 5,
+    "seed": 0,
+    "threads": 1,
+    "note": "It rained.",
+}
 
 
 def test_the_tokenizer_reads_what_training_reads() -> None:
@@ -226,6 +235,7 @@ def test_export(tmp_path: Path) -> None:
     card = (folder / "README.md").read_text(encoding="utf-8")
     assert "| 512 | 50.0 % |" in card
     assert "| list | 75.0 % |" in card
+    assert "\nIt rained.\n" in card
     assert json.loads((folder / "evaluation.json").read_text(encoding="utf-8"))["training"] == TRAINING
     write_scores(folder, {**RESULTS, "documents": 9}, TRAINING)
     assert json.loads((folder / "evaluation.json").read_text(encoding="utf-8"))["documents"] == 9

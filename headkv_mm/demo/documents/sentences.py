@@ -42,9 +42,32 @@ class Needle:
     question: Question
 
 
-def number(rng: random.Random) -> str:
-    """Four random digits."""
-    return f"{rng.randrange(10_000):04d}"
+class Supply:
+    """What the facts of one document draw from.
+
+    No two numbers begin with the same two digits and no item is in two lists, as long as there are enough. So a value
+    that was found by its name can be read to its end without looking at the name again.
+    """
+
+    def __init__(self, rng: random.Random) -> None:
+        """Begin a document with a source of randomness."""
+        self.rng = rng
+        self._beginnings: list[int] = []
+        self._items: list[str] = []
+
+    def number(self) -> str:
+        """Four digits."""
+        if not self._beginnings:
+            self._beginnings = self.rng.sample(range(100), 100)
+        return f"{self._beginnings.pop():02d}{self.rng.randrange(100):02d}"
+
+    def items(self, count: int) -> tuple[str, ...]:
+        """Different items."""
+        if len(self._items) < count:
+            self._items = self.rng.sample(words.ITEMS, len(words.ITEMS))
+        taken = tuple(self._items[:count])
+        del self._items[:count]
+        return taken
 
 
 def fact(relation: str, name: str, value: str) -> str:
@@ -52,9 +75,9 @@ def fact(relation: str, name: str, value: str) -> str:
     return f"The {relation} of the {name} is {value}."
 
 
-def number_needle(rng: random.Random, name: str) -> Needle:
+def number_needle(supply: Supply, name: str) -> Needle:
     """One number of one thing."""
-    relation, value = rng.choice(words.RELATIONS)[0], number(rng)
+    relation, value = supply.rng.choice(words.RELATIONS)[0], supply.number()
     sentence = fact(relation, name, value)
     return Needle((sentence,), Question(f"What is the {relation} of the {name}?", (value,), (sentence,)))
 
@@ -69,42 +92,42 @@ def joint_question(needles: list[Needle]) -> Question:
     )
 
 
-def values_needle(rng: random.Random, name: str) -> Needle:
+def values_needle(supply: Supply, name: str) -> Needle:
     """Two to four numbers of one thing: one for each day, from monday on."""
-    days = words.DAYS[: rng.randint(2, len(words.CARDINALS))]
-    relation, plural = rng.choice(words.RELATIONS)
-    values = tuple(number(rng) for _ in days)
+    days = words.DAYS[: supply.rng.randint(2, len(words.CARDINALS))]
+    relation, plural = supply.rng.choice(words.RELATIONS)
+    values = tuple(supply.number() for _ in days)
     sentences = tuple(fact(relation, f"{name} on {day}", value) for day, value in zip(days, values, strict=True))
     question = f"What are the {words.CARDINALS[len(days) - 1]} {plural} of the {name}?"
     return Needle(sentences, Question(question, values, sentences))
 
 
-def chain_needle(rng: random.Random, name: str, neighbour: str) -> Needle:
+def chain_needle(supply: Supply, name: str, neighbour: str) -> Needle:
     """Two hops: one thing's neighbour, and a number of that neighbour; either may be told first."""
-    relation, value = rng.choice(words.RELATIONS)[0], number(rng)
+    relation, value = supply.rng.choice(words.RELATIONS)[0], supply.number()
     hops = (fact("neighbour", name, f"the {neighbour}"), fact(relation, neighbour, value))
     question = f"What is the {relation} of the neighbour of the {name}?"
-    told = hops if rng.random() < 0.5 else hops[::-1]
+    told = hops if supply.rng.random() < 0.5 else hops[::-1]
     return Needle(told, Question(question, (neighbour, value), hops))
 
 
-def list_needle(rng: random.Random, name: str) -> Needle:
+def list_needle(supply: Supply, name: str) -> Needle:
     """A list of three to six different items."""
-    items = tuple(rng.sample(words.ITEMS, rng.randint(3, 6)))
+    items = supply.items(supply.rng.randint(3, 6))
     sentence = fact("list", name, ", ".join(items))
     return Needle((sentence,), Question(f"What is the list of the {name}?", items, (sentence,)))
 
 
-def route_needle(rng: random.Random, names: list[str]) -> Needle:
+def route_needle(supply: Supply, names: list[str]) -> Needle:
     """Numbers of many things, each with the name of the next one; the sentences come in any order."""
-    values = tuple(number(rng) for _ in names)
+    values = tuple(supply.number() for _ in names)
     following = [*(f"the {name}" for name in names[1:]), "nothing"]
     route = tuple(
         fact("code", name, f"{value}, then {after}")
         for name, value, after in zip(names, values, following, strict=True)
     )
     question = Question(f"What are all codes of the route from the {names[0]}?", values, route)
-    return Needle(tuple(rng.sample(route, len(route))), question)
+    return Needle(tuple(supply.rng.sample(route, len(route))), question)
 
 
 def frequent_word_needle(rng: random.Random, sayings: int) -> Needle:

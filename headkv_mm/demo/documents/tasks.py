@@ -13,7 +13,7 @@ from dataclasses import dataclass
 
 from headkv_mm.demo.documents import sentences as make
 from headkv_mm.demo.documents.document import Document, prompt_text
-from headkv_mm.demo.documents.sentences import Needle, Question
+from headkv_mm.demo.documents.sentences import Needle, Question, Supply
 from headkv_mm.demo.documents.words import draw_names
 
 CountTokens = Callable[[str], int]
@@ -35,7 +35,8 @@ def _share(length: int, per_needle: int, share: float, least: int) -> int:
 
 
 def _numbers(rng: random.Random, count: int, held_out: bool) -> list[Needle]:
-    return [make.number_needle(rng, name) for name in draw_names(rng, count, held_out)]
+    supply = Supply(rng)
+    return [make.number_needle(supply, name) for name in draw_names(rng, count, held_out)]
 
 
 def _hay(needles: list[Needle], *questions: Question) -> _Hay:
@@ -53,8 +54,8 @@ def _multi_key(rng: random.Random, words: int, held_out: bool) -> _Hay:
 
 
 def _multi_value(rng: random.Random, words: int, held_out: bool) -> _Hay:
-    names = draw_names(rng, _share(words, 40, 0.3, 2), held_out)
-    needles = [make.values_needle(rng, name) for name in names]
+    names, supply = draw_names(rng, min(4, _share(words, 40, 0.3, 2)), held_out), Supply(rng)
+    needles = [make.values_needle(supply, name) for name in names]
     return _hay(needles, needles[0].question)
 
 
@@ -65,13 +66,14 @@ def _multi_query(rng: random.Random, words: int, held_out: bool) -> _Hay:
 
 def _variable_tracking(rng: random.Random, words: int, held_out: bool) -> _Hay:
     count = _share(words, 24, 0.3, 2)
-    names = draw_names(rng, 2 * count, held_out)
-    needles = [make.chain_needle(rng, *names[2 * index : 2 * index + 2]) for index in range(count)]
+    names, supply = draw_names(rng, 2 * count, held_out), Supply(rng)
+    needles = [make.chain_needle(supply, *names[2 * index : 2 * index + 2]) for index in range(count)]
     return _hay(needles, needles[0].question)
 
 
 def _list(rng: random.Random, words: int, held_out: bool) -> _Hay:
-    needles = [make.list_needle(rng, name) for name in draw_names(rng, min(8, _share(words, 18, 0.2, 2)), held_out)]
+    names, supply = draw_names(rng, min(8, _share(words, 18, 0.2, 2)), held_out), Supply(rng)
+    needles = [make.list_needle(supply, name) for name in names]
     return _hay(needles, needles[0].question)
 
 
@@ -86,19 +88,20 @@ def _two_turn(rng: random.Random, words: int, held_out: bool) -> _Hay:
 
 
 def _long_generation(rng: random.Random, words: int, held_out: bool) -> _Hay:
-    needle = make.route_needle(rng, draw_names(rng, _share(words, 17, 0.6, 3), held_out))
+    needle = make.route_needle(Supply(rng), draw_names(rng, _share(words, 17, 0.6, 3), held_out))
     return _hay([needle], needle.question)
 
 
 def _mixed(rng: random.Random, words: int, held_out: bool) -> _Hay:
     """Facts of all kinds, one question about each kind and a second about a number."""
     names = iter(draw_names(rng, 60, held_out))
+    supply = Supply(rng)
     count = min(16, _share(words, 12, 0.12, 2))
-    numbers = [make.number_needle(rng, next(names)) for _ in range(count)]
-    several = [make.values_needle(rng, next(names)) for _ in range(2)]
-    chains = [make.chain_needle(rng, next(names), next(names)) for _ in range(2)]
-    lists = [make.list_needle(rng, next(names)) for _ in range(2)]
-    route = make.route_needle(rng, [next(names) for _ in range(_share(min(words, 1024), 100, 1.0, 3))])
+    numbers = [make.number_needle(supply, next(names)) for _ in range(count)]
+    several = [make.values_needle(supply, next(names)) for _ in range(2)]
+    chains = [make.chain_needle(supply, next(names), next(names)) for _ in range(2)]
+    lists = [make.list_needle(supply, next(names)) for _ in range(2)]
+    route = make.route_needle(supply, [next(names) for _ in range(_share(min(words, 1024), 100, 1.0, 3))])
     asked = [numbers[0], several[0], chains[0], lists[0], numbers[1], route]
     joint = make.joint_question(numbers[-2:])
     return _hay([*numbers, *several, *chains, *lists, route], *(needle.question for needle in asked), joint)
