@@ -79,6 +79,22 @@ def decode_long() -> str:
     return table(["dtype", "kept", "bytes, dense / ours", "speed-up (CPU time)", "share of the byte ratio"], rows)
 
 
+def window_scores() -> str:
+    """The price of prefill scores on the CPU."""
+    content = _load("cpu/window_scores.json")
+    tokens = content["settings"]["tokens"]
+    rows = [
+        [
+            "all" if run["window"] == tokens else str(run["window"]),
+            f"{run['scores_cpu_ms']:.0f} ms",
+            f"{run['attention_cpu_ms']:.0f} ms",
+            percent(run["share_of_attention"], 2),
+        ]
+        for run in content["results"]
+    ]
+    return table(["queries", "scores", "attention of the prompt", "share"], rows)
+
+
 def image_decode() -> str:
     """A whole image with and without compression."""
     rows = []
@@ -116,6 +132,7 @@ MAKERS: dict[str, Callable[[], str]] = {
     "images": images,
     "decode": decode,
     "decode-long": decode_long,
+    "window-scores": window_scores,
     "image-decode": image_decode,
 }
 
