@@ -13,7 +13,7 @@ from ..plan import Plan
 from .attention import check_window
 from .regions import blocks, entries, norms, region_slots, to_slots
 
-_BLOCK_ELEMENTS = 1 << 23
+_BLOCK_ELEMENTS = 1 << 22
 
 
 @dataclass(frozen=True)
@@ -23,7 +23,7 @@ class ExpectedAttention(Scorer):
     With mean m and full covariance S of a query head's last `queries` rotated queries, an entry's logit is
     `scale m.k + scale^2 k.S.k / 2`. Its softmax over the region, averaged over the group, gives a; the score is
     `(a + epsilon) ||v||`. `scale m.k` is the mean of the queries' logits and `scale^2 k.S.k` their variance, so they
-    are computed from the logits and no D x D matrix is kept. A softcap or learned sinks of the model are left out: the
+    are computed from logits and no D x D matrix is made. A softcap or learned sinks of the model are left out: the
     expectation has no closed form with them.
 
     Attributes:
@@ -50,23 +50,24 @@ class ExpectedAttention(Scorer):
         slots, filled = region_slots(store)  # [B, G, M]
         # The CPU has float64 at half the speed, and sums that do not depend on the batch; GPUs often have not.
         dtype = torch.float64 if slots.device.type == "cpu" else torch.float32
-        batch, count, heads, head_dim = queries.shape
+        batch, count, heads, _ = queries.shape
         kv_heads = store.kv_heads
         group = heads // kv_heads
         real = (positions >= 0).to(dtype)  # [B, Q]
-        share = real / real.sum(-1, keepdim=True).clamp(min=1)
-        asking = torch.where(positions[..., None, None] >= 0, queries, 0).to(dtype)
-        asking = asking.view(batch, count, kv_heads, group, head_dim).permute(0, 2, 3, 1, 4).flatten(2, 3)
+        share = (real / real.sum(-1, keepdim=True).clamp(min=1))[:, None, None, :, None]
+        asking = torch.where(positions[..., None, None] >= 0, queries, 0).to(dtype) * observed.scale
+        asking = asking.unflatten(2, (kv_heads, group)).permute(0, 2, 3, 1, 4)  # [B, G, R, Q, D]
+        mean = (asking * share).sum(3)  # [B, G, R, D]
+        # A sum of squares over these is a variance.
+        centred = ((asking - mean[:, :, :, None]) * share.sqrt()).flatten(2, 3)  # [B, G, R * Q, D]
         expected = torch.full(
             (batch, kv_heads, group, slots.shape[-1]), float("-inf"), dtype=dtype, device=slots.device
         )
         for block in blocks(slots.shape[-1], max(_BLOCK_ELEMENTS // (batch * heads * max(count, 1)), 16)):
-            keys = entries(store.keys, slots[..., block], filled[..., block], dtype)  # [B, G, m, D]
-            logits = (asking @ keys.mT).unflatten(2, (group, count)) * observed.scale  # [B, G, R, Q, m]
-            weights = share[:, None, None, :, None]
-            mean = (logits * weights).sum(3)
-            variance = ((logits - mean[:, :, :, None]).square() * weights).sum(3)
-            expected[..., block] = (mean + variance / 2).masked_fill(~filled[:, :, None, block], float("-inf"))
+            keys = entries(store.keys, slots[..., block], filled[..., block], dtype).mT  # [B, G, D, m]
+            variance = (centred @ keys).square_().unflatten(2, (group, count)).sum(3)  # [B, G, R, m]
+            logits = mean @ keys + variance / 2
+            expected[..., block] = logits.masked_fill(~filled[:, :, None, block], float("-inf"))
         attention = expected.softmax(-1).nan_to_num(0.0).mean(2)  # [B, G, M]; NaN where a region is empty
         lengths = torch.where(filled, norms(store.values)[slots], 0)
         return to_slots((attention + self.epsilon) * lengths, slots, filled, store)

@@ -86,14 +86,22 @@ def redundancy(store: RaggedKV, slots: Tensor, filled: Tensor, threshold: float)
     """
     longest = slots.shape[-1]
     unit = normalize(entries(store.keys, slots, filled, torch.float32), dim=-1)  # [B, G, M, D]
-    rank = torch.arange(longest, device=slots.device)
-    total = torch.zeros(slots.shape, dtype=torch.float64, device=slots.device)
+    wide = unit.double()
+    # The sum of an entry's similarities is its product with the sum of all, without its own.
+    total = (wide * wide.sum(2, keepdim=True)).sum(-1) - wide.square().sum(-1)
+    # Places from 1 in position order, 0 for what is empty; a float32 holds them exactly.
+    place = torch.arange(1, longest + 1, device=slots.device) * filled  # [B, G, M]
+    newest = torch.zeros(slots.shape, device=slots.device)
+    step = torch.arange(longest, device=slots.device)
     for block in blocks(longest, max(_BLOCK_ELEMENTS // max(slots.numel(), 1), 1)):
         likeness = unit[:, :, block] @ unit.mT  # [B, G, m, M]
-        likeness[..., rank[: likeness.shape[2]], rank[block]] = 0.0  # itself
-        newest = torch.where(likeness > threshold, rank, -1).amax(-1, keepdim=True)  # -1 where it resembles none
-        at = newest.clamp(min=0)
-        likeness.scatter_(-1, at, torch.where(newest >= 0, 0.0, likeness.gather(-1, at)))
-        total += likeness.sum(2, dtype=torch.float64)
+        likeness[..., step[: likeness.shape[2]], step[block]] = float("-inf")  # itself
+        newest[..., block] = likeness.gt_(threshold).mul_(place[:, :, None]).amax(-1)
+    # The newest that an entry resembles is not counted.
+    at = (newest.long() - 1).clamp(min=0)
+    other = wide.gather(2, at[..., None].expand_as(wide))
+    likeness = torch.where((newest > 0) & filled, (wide * other).sum(-1), 0.0)
+    rows, heads = (torch.arange(size, device=slots.device) for size in slots.shape[:2])
+    total.index_put_((rows[:, None, None], heads[:, None], at), -likeness, accumulate=True)
     mean = total / store.length[..., None].clamp(min=1)
     return mean.masked_fill(~filled, float("-inf")).softmax(-1).nan_to_num(0.0)
