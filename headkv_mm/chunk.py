@@ -72,7 +72,7 @@ def attend_chunk(
 
 def _attend(query: Tensor, keys: Tensor, values: Tensor, visible: Tensor, *, scale: float) -> Tensor:
     """Torch's attention, a KV head's group side by side: [B, G, R, T, D]."""
-    group, tokens = query.shape[2:4]
+    group = query.shape[2]
     mask = visible.repeat(1, 1, group, 1)  # [B, G, R * T, M]
     output: Tensor = scaled_dot_product_attention(query.flatten(2, 3), keys, values, attn_mask=mask, scale=scale)
     # Where nothing is visible a backend may give NaN or the mean of everything.

@@ -21,7 +21,7 @@ from .chunk import visible_columns
 from .compressor import LayerCompressor
 from .image_compressor import ImageCompressor
 from .image_grid import ImageGrid
-from .layer_state import LayerState
+from .layer_state import LayerState, restored, state_of
 from .memory import storage_cost
 from .model_pool import ModelPool
 from .pieces import Allocation
@@ -365,7 +365,7 @@ class HeadKVLayer(CacheLayerMixin):
     def state(self) -> LayerState:
         """The content of a text's layer."""
         dense = {"keys": self.keys, "values": self.values}
-        held = self.compressor.state() if isinstance(self.compressor, TextCompressor) else LayerState({}, {})
+        held = state_of(self.compressor) if isinstance(self.compressor, TextCompressor) else LayerState({}, {})
         tensors = {f"dense.{name}": tensor for name, tensor in dense.items() if tensor is not None}
         if self.padding is not None:
             tensors["padding"] = self.padding
@@ -389,9 +389,7 @@ class HeadKVLayer(CacheLayerMixin):
             if self.pieces is not None and numbers["budget"] is not None:
                 self._set_plan(self._text_plan(self.pieces, numbers["budget"]))
             if numbers["compressor"] is not None and self.pieces is not None and isinstance(self.plan, TextPlan):
-                self.compressor = TextCompressor.restored(
-                    self.pieces, self.plan, LayerState(held, numbers["compressor"]), self.pool
-                )
+                self.compressor = restored(self.pieces, self.plan, LayerState(held, numbers["compressor"]), self.pool)
         except (KeyError, TypeError) as error:
             raise ValueError(f"the saved cache lacks a part of a layer ({error}); read the document again") from error
 

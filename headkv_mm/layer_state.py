@@ -3,10 +3,23 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor
+
+from .compressor import LayerCompressor
+from .decided import Decided
+from .model_pool import ModelPool
+from .ragged import RaggedKV
+from .registry import Pieces
+from .text_compressor import TextCompressor
+from .text_plan import TextPlan
+
+_STORED = ("keys", "values", "positions", "start", "length", "capacity")
+_ON_HOST = ("row_slots", "max_length", "ordered")
+_NUMBERS = ("row_seen", "row_entries", "decoded", "evicts", "appended", "made_for", "tight")
 
 
 @dataclass(frozen=True)
@@ -20,3 +33,48 @@ class LayerState:
 
     tensors: dict[str, Tensor]
     numbers: dict[str, Any]
+
+
+def state_of(layer: TextCompressor) -> LayerState:
+    """Everything that is held, but for what was observed since the last decision."""
+    store = layer.store
+    tensors = {name: getattr(store, name) for name in _STORED}
+    tensors |= {"seen": layer.seen} | ({} if store.mass is None else {"mass": store.mass})
+    numbers: dict[str, Any] = {name: getattr(layer, name) for name in _NUMBERS}
+    numbers |= {name: getattr(store, name) for name in _ON_HOST}
+    numbers["decided"] = [None if row is None else row.numbers for row in layer.decided]
+    for index, row in enumerate(layer.decided):
+        if row is not None:
+            tensors |= {f"decided.{index}.{name}": tensor for name, tensor in row.tensors.items()}
+    return LayerState(tensors, numbers)
+
+
+def restored(pieces: Pieces, plan: TextPlan, state: LayerState, pool: ModelPool) -> TextCompressor:
+    """A compressor with the content that `state` holds.
+
+    Raises:
+        KeyError: if something is missing in it.
+    """
+    tensors, numbers = state.tensors, state.numbers
+    new = object.__new__(TextCompressor)
+    LayerCompressor.__init__(new, pieces, plan, tensors["start"].shape[1])
+    new.pool, new.fresh = pool, []
+    for name in _NUMBERS:
+        setattr(new, name, numbers[name])
+    new.seen = tensors["seen"]
+    new.store = RaggedKV(
+        **{name: tensors[name] for name in _STORED},
+        row_slots=numbers["row_slots"],
+        max_length=numbers["max_length"],
+        ordered=numbers["ordered"],
+        mass=tensors.get("mass"),
+    )
+    new.decided = [row and _decided(tensors, index, row) for index, row in enumerate(numbers["decided"])]
+    new.take_up()
+    return new
+
+
+def _decided(tensors: Mapping[str, Tensor], row: int, numbers: Mapping[str, Any]) -> Decided:
+    prefix = f"decided.{row}."
+    own = {name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)}
+    return Decided.restored(own, numbers)

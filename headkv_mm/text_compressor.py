@@ -5,7 +5,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -14,15 +13,11 @@ from . import kernels
 from .chunk import attend_chunk
 from .compressor import LayerCompressor
 from .decided import Decided
-from .layer_state import LayerState
 from .model_pool import ModelPool
 from .pieces import Allocation, ModelAllocator, Observed
 from .ragged import RaggedKV
 from .registry import Pieces
 from .text_plan import TextPlan
-
-_STORED = ("keys", "values", "positions", "start", "length", "capacity")
-_NUMBERS = ("row_seen", "row_entries", "decoded", "evicts", "_appended", "_made_for")
 
 
 @dataclass(frozen=True)
@@ -78,15 +73,17 @@ class TextCompressor(LayerCompressor):
     ) -> None:
         super().__init__(pieces, plan, keys.shape[1])
         self.pool = pool or ModelPool()
-        self._fresh: list[int] = []  # rows that wait for the other layers
+        self.fresh: list[int] = []  # rows that wait for the other layers
         self.evicts = True
         """False in copies that only grow."""
         self.row_seen = list(row_prompt)
         self.seen = (keys.shape[2] - padding).to(torch.int32)
-        self._decided: list[Decided | None] = [None] * len(row_prompt)
+        self.decided: list[Decided | None] = [None] * len(row_prompt)
         """Per row the allocation as it was decided; None while the row is within its budget."""
-        self._appended = 0  # tokens that a copy that only grows got since the last eviction
-        self._made_for: list[int] = []  # what the regions were made for, see `_bounds`
+        self.appended = 0  # tokens that a copy that only grows got since the last eviction
+        self.made_for: list[int] = []  # entries of each row for which the regions were made
+        self.tight = True
+        """The regions have no room for a decoded token: a document that is only read takes none."""
         self._set_budgets([plan.entries(seen) for seen in self.row_seen])
         self.store = RaggedKV.over(keys, values, padding)
         self._decide(asked)
@@ -128,7 +125,7 @@ class TextCompressor(LayerCompressor):
         # Padding sees nothing, and nothing sees it: position -1 comes before every entry.
         positions = torch.where(visible, first[:, None] + visible.cumsum(-1) - 1, -1).to(torch.int32)  # [B, T]
         output = attend_chunk(query, positions, self.store, scale=scale, softcap=softcap, sinks=sinks)
-        self._appended += 0 if self.evicts else tokens
+        self.appended += 0 if self.evicts else tokens
         asked = Asked(query.transpose(1, 2), positions, scale, softcap, sinks)
         if self.pieces.scorer.accumulates and self.store.mass is not None:
             self.store.mass += self._attention_sum(asked)
@@ -136,16 +133,31 @@ class TextCompressor(LayerCompressor):
         self.decoded = 0  # the next interval begins
         return output
 
+    def decode(
+        self,
+        query: Tensor,
+        keys: Tensor,
+        values: Tensor,
+        *,
+        scale: float,
+        softcap: float = 0.0,
+        sinks: Tensor | None = None,
+    ) -> Tensor:
+        """See `LayerCompressor.decode`; the first token after a prompt or chunk makes room for an interval."""
+        if self.tight:
+            self._make_room(None, room=self.plan.step)
+        return super().decode(query, keys, values, scale=scale, softcap=softcap, sinks=sinks)
+
     def after_decode(self, query: Tensor, scale: float) -> None:
         """Observe the query and evict if an interval has ended."""
         plan, pieces = self.plan, self.pieces
         before, until_due = self.decoded, self.next_due - self.decoded - 1
         self.decoded += 1
-        self._appended += 0 if self.evicts else 1
+        self.appended += 0 if self.evicts else 1
         # Rows that will be over their budget at the next decision; there is nothing to observe for the others.
         over = [seen + until_due > entries for seen, entries in zip(self.row_seen, self.row_entries, strict=True)]
         if self.evicts and any(over):
-            undecided = any(late and row is None for late, row in zip(over, self._decided, strict=True))
+            undecided = any(late and row is None for late, row in zip(over, self.decided, strict=True))
             allocated = self.observer.watch(
                 query,
                 step=plan.step,
@@ -175,7 +187,7 @@ class TextCompressor(LayerCompressor):
         Raises:
             ValueError: once entries were evicted, or for more tokens than there are.
         """
-        if any(allocation is not None for allocation in self._decided):
+        if any(allocation is not None for allocation in self.decided):
             raise ValueError("entries were evicted, so the cache cannot be cropped; crop before the first eviction")
         if tokens >= min(self.row_seen):
             raise ValueError(
@@ -190,7 +202,7 @@ class TextCompressor(LayerCompressor):
     def select_rows(self, rows: Tensor) -> None:
         """Take, repeat or reorder rows of everything that is held; `rows` is [B'] int64."""
         super().select_rows(rows)
-        for name in ("_decided", "_made_for", "row_entries"):
+        for name in ("decided", "made_for", "row_entries"):
             values = getattr(self, name)
             setattr(self, name, values and [values[row] for row in rows.tolist()])
 
@@ -205,65 +217,32 @@ class TextCompressor(LayerCompressor):
         twin.store = self.store.copy()
         twin.seen, twin.condition = self.seen.clone(), self.condition.clone()
         twin.row_seen, twin.row_condition = list(self.row_seen), list(self.row_condition)
-        twin._decided, twin._made_for, twin.row_entries = (
-            list(self._decided),
-            list(self._made_for),
+        twin.decided, twin.made_for, twin.row_entries = (
+            list(self.decided),
+            list(self.made_for),
             list(self.row_entries),
         )
         twin.observer = self.observer.copy()
         twin.evicts = evicts and self.evicts
         if self.evicts and not evicts:
-            twin._appended = self.decoded % self.plan.step  # they would have made room at the next eviction
+            twin.appended = self.decoded % self.plan.step  # they would have made room at the next eviction
         twin.nbytes_peak = 0
         twin._track_peak()
         return twin
 
-    def state(self) -> LayerState:
-        """Everything that is held, but for what was observed since the last decision."""
-        store = self.store
-        tensors = {name: getattr(store, name) for name in _STORED}
-        tensors |= {"seen": self.seen} | ({} if store.mass is None else {"mass": store.mass})
-        numbers: dict[str, Any] = {name: getattr(self, name) for name in _NUMBERS}
-        numbers |= {"row_slots": store.row_slots, "max_length": store.max_length, "ordered": store.ordered}
-        numbers["decided"] = [None if row is None else row.numbers for row in self._decided]
-        for index, row in enumerate(self._decided):
-            if row is not None:
-                tensors |= {f"decided.{index}.{name}": tensor for name, tensor in row.tensors.items()}
-        return LayerState(tensors, numbers)
-
-    @classmethod
-    def restored(cls, pieces: Pieces, plan: TextPlan, state: LayerState, pool: ModelPool) -> TextCompressor:
-        """A compressor with the content that `state` holds.
-
-        Raises:
-            KeyError: if something is missing in it.
-        """
-        tensors, numbers = state.tensors, state.numbers
-        new = object.__new__(cls)
-        LayerCompressor.__init__(new, pieces, plan, tensors["start"].shape[1])
-        new.pool, new._fresh = pool, []
-        for name in _NUMBERS:
-            setattr(new, name, numbers[name])
-        new.seen = tensors["seen"]
-        new.store = RaggedKV(
-            **{name: tensors[name] for name in _STORED},
-            mass=tensors.get("mass"),
-            row_slots=numbers["row_slots"],
-            max_length=numbers["max_length"],
-            ordered=numbers["ordered"],
-        )
-        new._decided = [row and _restored(tensors, index, row) for index, row in enumerate(numbers["decided"])]
-        new._set_budgets(numbers["row_entries"])
-        if any(row is not None for row in new._decided):
-            budgets = [entries - first for entries, first in zip(new.row_entries, new.row_condition, strict=True)]
-            new.allocation = new._joined(budgets)
-        new._track_peak()
-        return new
+    def take_up(self) -> None:
+        """Make what follows from the other attributes, after they were set from outside."""
+        self._set_budgets(self.row_entries)
+        if any(row is not None for row in self.decided):
+            self.allocation = self._joined(
+                [entries - first for entries, first in zip(self.row_entries, self.row_condition, strict=True)]
+            )
+        self._track_peak()
 
     @property
     def tensors(self) -> list[Tensor]:
         """Every tensor that is held, the allocations as they were decided included."""
-        decided = [tensor for row in self._decided if row is not None for tensor in row.tensors.values()]
+        decided = [tensor for row in self.decided if row is not None for tensor in row.tensors.values()]
         return [*super().tensors, *decided]
 
     def _set_budgets(self, entries: list[int]) -> None:
@@ -289,12 +268,12 @@ class TextCompressor(LayerCompressor):
         return mean * (count * (heads // self.kv_heads))
 
     def _decide(self, asked: Asked, *, decoding: bool = False) -> None:
-        """Evict down to the budget where a row is over it, and make room for the next interval."""
+        """Evict down to the budget where a row is over it; while decoding make room for the next interval."""
         budgets = [entries - first for entries, first in zip(self.row_entries, self.row_condition, strict=True)]
         over = [self.evicts and seen > entries for seen, entries in zip(self.row_seen, self.row_entries, strict=True)]
         victims = self._choose(asked, budgets, over, decoding=decoding) if any(over) else None
-        self._make_room(victims, in_place=decoding)
-        if self._fresh:
+        self._make_room(victims, room=self.plan.step if decoding else 0)
+        if self.fresh:
             self._track_peak()
             self.pool.wait(self)
             return
@@ -329,15 +308,15 @@ class TextCompressor(LayerCompressor):
         scores = scorer.score_entries(observed)
         if scorer.accumulates and store.mass is None:
             store.mass = scores  # it goes along with the entries
-        fresh = [row for row, late in enumerate(over) if late and self._decided[row] is None]
+        fresh = [row for row, late in enumerate(over) if late and self.decided[row] is None]
         if fresh:
             if self.over_layers:
                 allocation = self.model_allocator.preselect(observed, scores)
-                store.mass, self._fresh = scores, fresh  # scores go along with the entries
+                store.mass, self.fresh = scores, fresh  # scores go along with the entries
             else:
                 allocation = self.pieces.allocator.allocate(observed, scores)
             for row in fresh:
-                self._decided[row] = Decided.of(allocation, row, budgets[row])
+                self.decided[row] = Decided.of(allocation, row, budgets[row])
         if fresh or isinstance(plan.budget, float) or self.allocation is None:
             self.allocation = self._joined(budgets)
         return self.pieces.selector.victims(observed, self.allocation, scores)
@@ -364,7 +343,7 @@ class TextCompressor(LayerCompressor):
         Raises:
             RuntimeError: if it does not wait.
         """
-        if not self._fresh or self.store.mass is None:
+        if not self.fresh or self.store.mass is None:
             raise RuntimeError("this layer has decided already")
         budgets = [entries - first for entries, first in zip(self.row_entries, self.row_condition, strict=True)]
         observed = Observed(
@@ -381,11 +360,13 @@ class TextCompressor(LayerCompressor):
     def settle(self, allocation: Allocation) -> None:
         """All layers have come: evict down to what was allocated to this one."""
         observed, scores = self.waiting()
-        for row in self._fresh:
-            self._decided[row] = Decided.of(allocation, row, observed.row_budgets[row])
-        self._fresh = []
+        for row in self.fresh:
+            self.decided[row] = Decided.of(allocation, row, observed.row_budgets[row])
+        self.fresh = []
         self.allocation = self._joined(list(observed.row_budgets))
-        self._make_room(self.pieces.selector.victims(observed, self.allocation, scores), in_place=False)
+        self._make_room(
+            self.pieces.selector.victims(observed, self.allocation, scores), room=0 if self.tight else self.plan.step
+        )
         if not self.wants_mass:
             self.store.mass = None
         self._forget()
@@ -393,7 +374,7 @@ class TextCompressor(LayerCompressor):
     def _joined(self, budgets: list[int]) -> Allocation:
         """The rows' allocations as one, each grown to its row's budget; rows within their budget keep everything."""
         rows = []
-        for decided, budget in zip(self._decided, budgets, strict=True):
+        for decided, budget in zip(self.decided, budgets, strict=True):
             if decided is None:
                 keep = self.seen.new_full((1, self.kv_heads), budget)
                 rows.append(Allocation(keep, keep, [budget * self.kv_heads], budget))
@@ -408,34 +389,34 @@ class TextCompressor(LayerCompressor):
             local=torch.cat(local) if len(local) == len(rows) else None,
         )
 
-    def _make_room(self, victims: Tensor | None, *, in_place: bool) -> None:
-        """Remove the victims, and give every region room for one more interval."""
-        store, seen = self.store, max(self.row_seen)
-        decided = self.allocation is not None and all(row is not None for row in self._decided)
-        longest = seen
+    def _make_room(self, victims: Tensor | None, *, room: int) -> None:
+        """Remove the victims, and give every region room for `room` more tokens."""
+        store, longest = self.store, max(self.row_seen)
+        decided = self.allocation is not None and all(row is not None for row in self.decided)
         if decided and self.allocation is not None:
-            longest = min(seen, max(self.row_condition) + self.allocation.largest + self._appended)
-        if in_place and decided and not self._appended and self._made_for == self.row_entries:
+            longest = min(longest, max(self.row_condition) + self.allocation.largest + self.appended)
+        same = decided and not self.appended and self.made_for == self.row_entries
+        if same and not self.tight and room == self.plan.step:
             if victims is not None:
                 store.evict(victims)
             store.max_length = longest
-        else:
-            capacity, row_slots = self._capacity()
-            keep = None if victims is None else ~victims
-            self.store = store.regroup(capacity, row_slots, max_length=longest, keep=keep)
-            self._made_for = list(self.row_entries) if decided else []
+            return
+        capacity, row_slots = self._capacity(room)
+        keep = None if victims is None else ~victims
+        self.store = store.regroup(capacity, row_slots, max_length=longest, keep=keep)
+        self.made_for, self.tight = list(self.row_entries) if decided else [], room == 0
 
-    def _capacity(self) -> tuple[Tensor, list[int]]:
-        """Slots of every region, [B, G] int32, and their sums per row: what is held at most, and one interval."""
-        step, heads = self.plan.step, self.kv_heads
+    def _capacity(self, room: int) -> tuple[Tensor, list[int]]:
+        """Slots of every region, [B, G] int32, and their sums per row: what is held at most, and room."""
+        heads = self.kv_heads
         everything = self.seen[:, None].expand(-1, heads)  # [B, G]
         if self.allocation is None:
-            return everything + step, [(seen + step) * heads for seen in self.row_seen]
-        undecided = [decided is None for decided in self._decided]
+            return everything + room, [(seen + room) * heads for seen in self.row_seen]
+        undecided = [decided is None for decided in self.decided]
         mask = torch.tensor(undecided, device=self.seen.device)[:, None]
-        kept = self.condition[:, None] + self.allocation.targets + self._appended
-        return torch.where(mask, everything, kept).to(torch.int32) + step, [
-            heads * (step + seen) if whole else heads * (step + first + self._appended) + total
+        kept = self.condition[:, None] + self.allocation.targets + self.appended
+        return torch.where(mask, everything, kept).to(torch.int32) + room, [
+            heads * (room + seen) if whole else heads * (room + first + self.appended) + total
             for whole, seen, first, total in zip(
                 undecided, self.row_seen, self.row_condition, self.allocation.row_totals, strict=True
             )
@@ -446,9 +427,3 @@ def _mean(asked: Asked) -> Tensor:
     """The mean of the queries that are no padding, [B, H, D] float32."""
     real = (asked.positions >= 0)[..., None, None]
     return (asked.queries.float() * real).sum(1) / real.sum(1).clamp(min=1)
-
-
-def _restored(tensors: dict[str, Tensor], row: int, numbers: dict[str, Any]) -> Decided:
-    prefix = f"decided.{row}."
-    own = {name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)}
-    return Decided.restored(own, numbers)

@@ -144,8 +144,8 @@ def test_prefill_never_holds_more_than_one_dense_layer(model, inputs) -> None:
     for hook in hooks:
         hook.remove()
     dense = 2 * 3 * 2 * 60 * 8 * 4
-    kept = 2 * 3 * 2 * (16 + 16) * (8 * 4)
-    assert kept < held[0] < kept * 1.4 < dense
+    kept = 2 * 3 * 2 * 16 * (8 * 4)
+    assert kept < held[0] < kept * 1.5 < dense
     assert held[1] == pytest.approx(2 * held[0], rel=0.01)
     assert cache.nbytes_peak == pytest.approx(held[1] + dense, rel=0.1)
 
