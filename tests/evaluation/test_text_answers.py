@@ -71,12 +71,20 @@ def test_a_budget_of_everything_is_the_full_cache(model: Any, query_aware: bool)
     assert share.nbytes["nbytes"] == pytest.approx(full.nbytes["nbytes"], rel=1e-3)
 
 
-def test_batches_and_other_compressions_change_no_answer(model: Any) -> None:
-    cell = Cell("multi-key", 160)
-    both = [Compression("streaming", budget=1 / 4), Compression("snapkv", budget=1 / 4)]
-    together = runner(model, batch_size=3).run(cell, both)
-    alone = [runner(model, batch_size=1).run(cell, [item])[0] for item in both]
+@pytest.mark.parametrize("task", ["multi-key", "two-turn", "long-generation"])
+def test_batches_and_other_compressions_change_no_answer(model: Any, task: str) -> None:
+    cell = Cell(task, 160)
+    several = [
+        Compression("streaming", budget=1 / 4),
+        Compression("none", budget=1.0),
+        Compression("snapkv", budget=1 / 4),
+        Compression("h2o", budget=24),
+        Compression("snapkv", budget=300),
+    ]
+    together = runner(model, batch_size=3).run(cell, several)
+    alone = [runner(model, batch_size=1).run(cell, [item])[0] for item in several]
     assert [item.answers for item in together] == [item.answers for item in alone]
+    assert together[0].answers != together[2].answers
 
 
 def test_the_question_is_known_when_it_should_be(model: Any) -> None:
@@ -173,10 +181,22 @@ def test_answers_end_where_they_should(model: Any) -> None:
 
     reader = Reader(Script(), [9])
     scores = torch.nn.functional.one_hot(torch.tensor([6, 9, 2]), 20).float()
-    steps: list[int] = []
-    answers = reader.answer(None, torch.ones(3, 1), scores, 5, lambda: steps.append(1))
-    assert answers == [[6, 7, 8], [], [2, 3, 4, 5, 6]]
-    assert len(steps) == 5
+    assert reader.answer(None, torch.ones(3, 1), scores, 5) == [[6, 7, 8], [], [2, 3, 4, 5, 6]]
+    assert reader.answer(None, torch.ones(3, 1), scores, 20) == [[6, 7, 8], [], [2, 3, 4, 5, 6, 7, 8]]
+
+    class Parts:
+        def __init__(self) -> None:
+            self.kept: list[list[int]] = []
+
+        def keep_parts(self, parts: list[int]) -> None:
+            self.kept.append(parts)
+
+    # Three parts of two rows: the second ends at once, the first after two more tokens.
+    cache = Parts()
+    scores = torch.nn.functional.one_hot(torch.tensor([7, 9, 9, 9, 9, 4]), 20).float()
+    answers = reader.answer(cache, torch.ones(6, 1), scores, 20, parts=3)
+    assert answers == [[7, 8], [], [], [], [], [4, 5, 6, 7, 8]]
+    assert cache.kept == [[0, 2], [1]]
 
 
 def test_special_tokens_stand_where_they_belong() -> None:

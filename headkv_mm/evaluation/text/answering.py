@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Collection
+from collections.abc import Collection
 from typing import Any
 
 import torch
@@ -52,9 +52,7 @@ class Reader:
         return mask, output.logits[:, -1]
 
     @torch.no_grad()
-    def answer(
-        self, cache: Any, mask: Tensor, scores: Tensor, limit: int, on_token: Callable[[], object] = lambda: None
-    ) -> list[list[int]]:
+    def answer(self, cache: Any, mask: Tensor, scores: Tensor, limit: int, *, parts: int = 1) -> list[list[int]]:
         """Choose the likeliest token until every row has ended its answer, or `limit` tokens are there.
 
         Args:
@@ -62,22 +60,27 @@ class Reader:
             mask: [B, S] of what it was given.
             scores: [B, vocabulary] of the first token.
             limit: most tokens of an answer.
-            on_token: called after every token.
+            parts: of a `JoinedCache`; a part whose rows have all ended is let go of.
 
         Returns:
             For every row the tokens before the one that ended it.
         """
-        chosen = scores.argmax(-1, keepdim=True)  # [B, 1]
-        ended = torch.isin(chosen, self._stop)
-        steps = [chosen]
-        on_token()
-        while len(steps) < limit and not bool(ended.all()):
-            mask, scores = self.read(cache, Tokens(chosen, torch.ones_like(chosen)), mask)
+        rows = torch.arange(scores.shape[0], device=scores.device)  # those that are still in the cache
+        ended = torch.zeros_like(rows, dtype=torch.bool)
+        tokens = self._stop[:1].repeat(len(rows), limit)  # [B, limit]
+        for step in range(limit):
             chosen = scores.argmax(-1, keepdim=True)
-            ended |= torch.isin(chosen, self._stop)
-            steps.append(chosen)
-            on_token()
-        tokens = torch.cat(steps, 1)
+            tokens[rows, step] = chosen[:, 0]
+            ended |= torch.isin(chosen[:, 0], self._stop)
+            if step == limit - 1 or bool(ended.all()):
+                break
+            over = ended.view(parts, -1).all(1)
+            if parts > 1 and bool(over.any()):
+                going = (~over).nonzero()[:, 0].tolist()
+                cache.keep_parts(going)
+                stay = torch.cat([torch.arange(len(rows), device=rows.device).chunk(parts)[part] for part in going])
+                rows, ended, chosen, mask, parts = rows[stay], ended[stay], chosen[stay], mask[stay], len(going)
+            mask, scores = self.read(cache, Tokens(chosen, torch.ones_like(chosen)), mask)
         stops = torch.isin(tokens, self._stop).tolist()
         return [
             row[: row_stops.index(True)] if True in row_stops else row

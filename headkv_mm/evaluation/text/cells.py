@@ -14,6 +14,7 @@ from headkv_mm.cache import HeadKVCache
 from headkv_mm.compression import Compression
 from headkv_mm.demo.documents import DEPTH_TASKS, Document, make_document, question_text, score_answer
 from headkv_mm.evaluation.text.answering import Reader
+from headkv_mm.evaluation.text.joined import JoinedCache, can_join
 from headkv_mm.evaluation.text.recording import Recording, replay
 from headkv_mm.evaluation.text.settings import EVICTS_WHILE_ANSWERING, Cell, TextSettings
 from headkv_mm.evaluation.text.tokens import Encoder, Tokens
@@ -21,6 +22,10 @@ from headkv_mm.evaluation.text.tokens import Encoder, Tokens
 DEPTHS = (0.0, 0.25, 0.5, 0.75, 1.0)
 """Where the needle lies, in turn, in tasks that can place it."""
 BYTES = ("nbytes", "nbytes_peak", "nbytes_full")
+
+_ROWS_TOGETHER = 512
+_FULL_CACHES_TOGETHER = 4
+"""Caches that answer together hold about as many bytes as this many full caches, and their copies as many again."""
 
 OnDocuments = Callable[[int], object]
 
@@ -95,9 +100,7 @@ class CellRunner:
         documents = cell_documents(cell, self._settings, self._encoder)
         for first in range(0, len(documents), self._settings.batch_size):
             batch = _Batch(self, documents[first : first + self._settings.batch_size])
-            for compression, outcome in zip(compressions, outcomes, strict=True):
-                batch.answer(compression, outcome)
-                on_documents(len(batch.documents))
+            batch.answer_all(compressions, outcomes, on_documents)
         return outcomes
 
 
@@ -116,37 +119,60 @@ class _Batch:
         self._prompt = Recording(self._model)
         self._mask, self._scores = self._reader.read(self._prompt, self._tokens(prompts))
 
-    def answer(self, compression: Compression, outcome: Outcome) -> None:
-        """Compress, ask every question in turn, and add what came out to `outcome`."""
-        cache = HeadKVCache(self._model, compression)
-        replay(self._prompt, cache)
-        _add_bytes(outcome.nbytes, cache)
-        replies: list[list[str]] = [[] for _ in self.documents]
-        scores: list[list[float]] = [[] for _ in self.documents]
-        used = cache
-        for turn, limit in enumerate(self._limits()):
-            used = cache.copy(evict=self._evicts)
-            mask, first = self._ask(used, turn, replies)
-            tokens = self._reader.answer(used, mask, first, limit)
-            for row, document in enumerate(self.documents):
-                replies[row].append(self._encoder.decode(tokens[row]))
-                scores[row].append(score_answer(document.questions[turn], replies[row][-1]))
-        if self._evicts:
-            _add_bytes(outcome.ends, used)
-        outcome.partial += [sum(row) / len(row) for row in scores]
-        outcome.answers += replies
+    def answer_all(
+        self, compressions: Sequence[Compression], outcomes: Sequence[Outcome], on_documents: OnDocuments
+    ) -> None:
+        """Compress, ask every question in turn, and add what came out to `outcomes`."""
+        waiting: list[tuple[HeadKVCache, Outcome]] = []
+        held = 0
+        for compression, outcome in zip(compressions, outcomes, strict=True):
+            cache = HeadKVCache(self._model, compression)
+            replay(self._prompt, cache)
+            _add_bytes(outcome.nbytes, cache)
+            if not can_join(cache):
+                self._answer([(cache, outcome)], on_documents)
+                continue
+            waiting.append((cache, outcome))
+            held += cache.nbytes
+            if held > _FULL_CACHES_TOGETHER * cache.nbytes_full or len(waiting) * len(self.documents) >= _ROWS_TOGETHER:
+                self._answer(waiting, on_documents)
+                waiting, held = [], 0
+        if waiting:
+            self._answer(waiting, on_documents)
 
-    def _ask(self, cache: HeadKVCache, turn: int, replies: Sequence[Sequence[str]]) -> tuple[Tensor, Tensor]:
+    def _answer(self, group: Sequence[tuple[HeadKVCache, Outcome]], on_documents: OnDocuments) -> None:
+        """Ask with several caches together."""
+        parts, rows = len(group), len(self.documents)
+        replies: list[list[str]] = [[] for _ in range(parts * rows)]
+        used: list[HeadKVCache] = []
+        for turn, limit in enumerate(self._limits()):
+            used = [cache.copy(evict=self._evicts) for cache, _ in group]
+            joined = JoinedCache(used) if parts > 1 else used[0]
+            mask, first = self._ask(joined, turn, replies, parts)
+            for reply, tokens in zip(
+                replies, self._reader.answer(joined, mask, first, limit, parts=parts), strict=True
+            ):
+                reply.append(self._encoder.decode(tokens))
+        for part, (_, outcome) in enumerate(group):
+            given = replies[part * rows : (part + 1) * rows]
+            if self._evicts:
+                _add_bytes(outcome.ends, used[part])
+            outcome.answers += given
+            outcome.partial += [_found(*pair) for pair in zip(self.documents, given, strict=True)]
+            on_documents(rows)
+
+    def _ask(self, cache: Any, turn: int, replies: Sequence[Sequence[str]], parts: int) -> tuple[Tensor, Tensor]:
         """Read the conversation up to the question of this turn, with the answers that were given."""
+        mask = self._mask.repeat(parts, 1)
         if turn == 0 and self._asked:
-            return self._mask, self._scores
+            return mask, self._scores.repeat(parts, 1)
         rows = []
-        for document, given in zip(self.documents, replies, strict=True):
+        for document, given in zip([*self.documents] * parts, replies, strict=True):
             questions = [question_text(question.text) for question in document.questions[: turn + 1]]
-            parts = [*(f"{asked} {reply}" for asked, reply in zip(questions, given)), questions[turn]]
-            text = "".join(parts)
+            answered = [*(f"{asked} {reply}" for asked, reply in zip(questions, given)), questions[turn]]
+            text = "".join(answered)
             rows.append(self._encoder.following(text.removeprefix(questions[0]) if self._asked else text))
-        return self._reader.read(cache, self._tokens(rows), self._mask)
+        return self._reader.read(cache, self._tokens(rows), mask)
 
     def _limits(self) -> Iterator[int]:
         """The most tokens of an answer to every question: that of the longest right one, and room to be wordy."""
@@ -157,6 +183,12 @@ class _Batch:
 
     def _tokens(self, rows: Sequence[Sequence[int]]) -> Tokens:
         return Tokens.padded(rows, self._encoder.pad, self._model.device)
+
+
+def _found(document: Document, answers: Sequence[str]) -> float:
+    """Mean over the questions of the share of their values that the answers hold."""
+    scores = [score_answer(question, answer) for question, answer in zip(document.questions, answers, strict=True)]
+    return sum(scores) / len(scores)
 
 
 def _add_bytes(sums: dict[str, int], cache: HeadKVCache) -> None:
