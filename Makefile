@@ -28,9 +28,10 @@ $(READY): pyproject.toml setup.py constraints.txt
 		> $(SETUP_LOG) 2>&1 || { tail -n 40 $(SETUP_LOG); exit 1; }
 	@touch $@
 
-demo: $(READY) ## draw a scene with the full cache and with headkv, and the maps
+demo: $(READY) ## draw a scene and ask a document, with the full cache and compressed, and draw the maps
 	@"$(BIN)/headkv-mm" generate "a red circle top left and a blue square bottom right" \
 		--compare --maps --output output/demo
+	@"$(BIN)/headkv-mm" ask --compare --maps --output output/demo-document
 
 test: $(READY) ## run the tests; nothing is downloaded
 	@HF_HUB_OFFLINE=1 "$(BIN)/pytest" $(PYTEST_ARGS)
