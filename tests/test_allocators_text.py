@@ -251,3 +251,12 @@ def test_refused_options(make: Any, message: str) -> None:
 def test_scores_may_come_as_lists() -> None:
     """As they do out of a saved cache."""
     assert HeadTableShares(scores=[[1, 2], [3, 4]]) == HeadTableShares(scores=((1.0, 2.0), (3.0, 4.0)))  # type: ignore[arg-type]
+
+
+def test_growing_reads_nothing_from_the_device() -> None:
+    """Budgets that are shares of a text grow while it is decoded; tensors on the meta device have no content."""
+    one = torch.ones(1, 4, dtype=torch.int32, device="meta")
+    decided = Decided(Allocation(one, one, [37], 20, row_before=[12]), 10)
+    grown = decided.grown(21)
+    assert (grown.row_before, grown.row_totals) == ([25], [102 - 25])
+    assert grown.targets.device.type == "meta"

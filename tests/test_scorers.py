@@ -298,3 +298,17 @@ def test_scores_are_float32_whatever_the_model_is(scorer: Any, dtype: torch.dtyp
 def test_refused_options(name: str, options: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         getattr(scorers, name)(**options)
+
+
+@pytest.mark.parametrize("scorer", [KeyNorm(), KeyDifference(), ExpectedAttention(), Redundancy(), Random()], ids=repr)
+def test_nothing_is_read_from_the_device_while_decoding(scorer: Any) -> None:
+    """Tensors on the meta device have no content, so whoever asks for it fails."""
+    observed = observation(decoding=True)
+    store = observed.store
+    fields = {name: value.to("meta") for name, value in vars(store).items() if isinstance(value, Tensor)}
+    fields = {**vars(store), **fields, "mass": torch.empty(store.positions.shape, device="meta")}
+    tensors = {name: value.to("meta") for name, value in vars(observed).items() if isinstance(value, Tensor)}
+    away = Observed(**{**vars(observed), **tensors, "store": RaggedKV(**fields), "attention": fields["mass"]})
+    scores = scorer.score_entries(away)
+    assert scores.device.type == "meta"
+    assert scores.shape == store.positions.shape

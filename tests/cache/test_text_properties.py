@@ -61,7 +61,7 @@ class Driver:
         if "scores" in method.options:
             scores = torch.rand(LAYERS, self.kv_heads, generator=torch.Generator().manual_seed(scene["seed"]))
             method = method.with_options({"scores": scores.square().tolist()})
-        self.pieces = method.text
+        self.pieces = method.with_options(scene.get("options", {})).text
         self.generators = [torch.Generator().manual_seed(scene["seed"] + row) for row in rows]
         self.lengths = [scene["prompts"][row] for row in rows]
         longest = max(self.lengths)
@@ -222,3 +222,22 @@ def test_copies_and_reordered_rows_are_independent(name: str, scene: dict[str, A
         held = driver.kept()
         driver.run(1)
         check(driver, held, 1)
+
+
+@pytest.mark.parametrize("budget", [40, 0.4])
+def test_local_heads_may_leave_their_entries_to_nobody(budget: int | float) -> None:
+    scene = {"budget": budget, "interval": 4, "prompts": [100], "kv_heads": 3, "group": 2, "seed": 0, "tau": 0.05}
+    driver = Driver("headkv", {**scene, "options": {"redistribute": False, "local_window": 16}}, [0])
+    types = {bool(label) for layer in driver.layers for label in layer.allocation.local.flatten()}
+    assert types == {True, False}
+    for _ in range(41):
+        for layer, heads in zip(driver.layers, driver.kept(), strict=True):
+            if layer.decoded % 4:
+                continue
+            entries = layer.row_entries[0]
+            for kept, local in zip(heads[0], layer.allocation.local[0].tolist(), strict=True):
+                # A share grows with the text, also that of a local head.
+                assert len(kept) <= (4 + 16 * (entries - 4) / 36 + 1 if local else entries)
+        driver.run(1)
+    held = sum(len(head) for heads in driver.kept() for head in heads[0])
+    assert held < 0.9 * LAYERS * 3 * driver.layers[0].row_entries[0]
