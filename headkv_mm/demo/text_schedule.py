@@ -10,7 +10,7 @@ from headkv_mm.demo.text_training import TextBatch, text_batch
 
 TOKENS_PER_STEP = 4096
 WARM_UP_STEPS = 40
-FORGETFUL_RATE = 0.3  # share of the learning rate at which the forgetful phase begins
+FORGETFUL_RATE = 0.1  # share of the learning rate at which the forgetful phase begins
 CONSTANT_SHARE = 1 / 4  # of the tokens, at the full learning rate
 LEAST_STEPS, MOST_STEPS = 40, 300  # in one stage
 LAST_RATE = 0.02  # share of the learning rate that is left at the end
@@ -26,7 +26,6 @@ class Stage:
     rows: int
     mix: dict[str, float] | None
     enough: float
-    distinct: bool = False
 
     def is_over(self, steps: int, loss: float) -> bool:
         """Whether to go on to the next stage after some steps in this one."""
@@ -35,7 +34,7 @@ class Stage:
 
 STAGES: tuple[Stage, ...] = (
     Stage(80, 24, None, 0.5),
-    Stage(128, 20, FIRST_MIX, 0.2, distinct=True),
+    Stage(128, 20, FIRST_MIX, 0.2),
     Stage(192, 16, FIRST_MIX, 0.2),
     Stage(256, 14, FIRST_MIX, 0.2),
     Stage(512, 8, FULL_MIX, 0.2),
@@ -56,10 +55,10 @@ def next_batch(seed: int, step: int, stage: int) -> TextBatch:
         plan = STAGES[stage]
         mix = None if stage == 1 and step % 5 == 0 else plan.mix
         jumps = 2 if stage > 3 and rng.random() < 0.25 else 0
-        return text_batch(rng, plan.length, plan.rows, mix, plan.distinct, jumps)
+        return text_batch(rng, plan.length, plan.rows, mix, jumps)
     length = rng.choices(list(MIXED_LENGTHS), list(MIXED_LENGTHS.values()))[0]
     jumps = rng.randint(1, 3) if rng.random() < 0.35 else 0
-    return text_batch(rng, length, max(1, TOKENS_PER_STEP // length), FULL_MIX, False, jumps)
+    return text_batch(rng, length, max(1, TOKENS_PER_STEP // length), FULL_MIX, jumps)
 
 
 def learning_rate_factor(step: int, tokens: int, total: int, forgetful: int = 0) -> float:

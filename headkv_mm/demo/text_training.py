@@ -47,11 +47,9 @@ def positions_with_jumps(rng: random.Random, length: int, jumps: int) -> torch.T
     return steps.cumsum(0)[None]
 
 
-def text_batch(
-    rng: random.Random, length: int, rows: int, mix: dict[str, float] | None, distinct: bool = False, jumps: int = 0
-) -> TextBatch:
+def text_batch(rng: random.Random, length: int, rows: int, mix: dict[str, float] | None, jumps: int = 0) -> TextBatch:
     """A batch of documents, or of repeats if `mix` is None."""
-    drawn = [repeats_row(rng, length) if mix is None else document_row(rng, length, mix, distinct) for _ in range(rows)]
+    drawn = [repeats_row(rng, length) if mix is None else document_row(rng, length, mix) for _ in range(rows)]
     return TextBatch(
         torch.tensor([row.inputs for row in drawn]),
         torch.tensor([row.targets for row in drawn]),

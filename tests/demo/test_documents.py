@@ -141,6 +141,14 @@ def test_bad_requests(task: str, length: int, depth: float | None, message: str)
         make_document(task, random.Random(0), length, count_words, depth=depth)
 
 
+def test_names_share_no_word_while_there_are_enough() -> None:
+    for held_out in (False, True):
+        names = draw_names(random.Random(3), 64, held_out)
+        assert len(set(names)) == 64
+        parts = [part for name in names[:45] for part in name.split()]
+        assert len(set(parts)) == 90
+
+
 def test_too_many_names() -> None:
     with pytest.raises(ValueError, match="use fewer facts"):
         draw_names(random.Random(0), 10_000, held_out=True)
@@ -178,6 +186,19 @@ def test_a_joint_question_asks_for_all() -> None:
     assert question.text.count("of the") == 2
     assert question.answers == tuple(needle.question.answers[0] for needle in needles)
     assert question.reply == " ".join(needle.sentences[0] for needle in needles)
+
+
+def test_values_of_one_document_are_told_apart_early() -> None:
+    document = make_document("multi-key", random.Random(0), 2048, count_words)
+    beginnings = [fact.split()[-1][:2] for fact in document.facts]
+    assert len(beginnings) == len(set(beginnings)) == 64
+    document = make_document("list", random.Random(0), 1024, count_words)
+    items = [item for fact in document.facts for item in fact.removesuffix(".").split(" is ")[1].split(", ")]
+    assert len(items) == len(set(items)) > 20
+    supply = Supply(random.Random(0))
+    assert len({supply.number()[:2] for _ in range(100)}) == 100
+    assert len(supply.number()) == 4  # and on it goes
+    assert all(len(set(supply.items(6))) == 6 for _ in range(20))
 
 
 def test_examples_are_what_the_generator_makes(tmp_path: Path) -> None:
