@@ -127,9 +127,31 @@ def heads() -> str:
     return f"{said}\n\n{table(['layer', 'all its heads', *names], rows)}"
 
 
+def text_cache() -> str:
+    """What selection costs at the end of a prompt, and a long answer at a fixed number of entries."""
+    prompt, answer = _load("cpu/text_prefill.json"), _load("cpu/text_decode.json")
+    read, written = prompt["result"], answer["result"]
+    rows = [
+        [
+            f"a prompt of {prompt['settings']['tokens']:,} tokens",
+            f"`{prompt['settings']['method']}` {prompt['settings']['budget']}",
+            percent(read["ratio"]),
+            f"{percent(read['overhead'])} more CPU time than the stock cache",
+        ],
+        [
+            f"an answer of {answer['settings']['tokens']:,} tokens",
+            f"`{answer['settings']['method']}` {answer['settings']['budget']}",
+            percent(written["ratio"]),
+            f"{written['speed_up']:.2f}x over all, {written['speed_up_last_quarter']:.2f}x in the last quarter; bytes constant",
+        ],
+    ]
+    return table(["what", "method", "bytes held", "CPU time"], rows)
+
+
 MAKERS: dict[str, Callable[[], str]] = {
     "heads": heads,
     "images": images,
+    "text-cache": text_cache,
     "decode": decode,
     "decode-long": decode_long,
     "window-scores": window_scores,
