@@ -142,7 +142,7 @@ def text_cache() -> str:
             f"an answer of {answer['settings']['tokens']:,} tokens",
             f"`{answer['settings']['method']}` {answer['settings']['budget']}",
             percent(written["ratio"]),
-            f"{written['speed_up']:.2f}x over all, {written['speed_up_last_quarter']:.2f}x in the last quarter; bytes constant",
+            f"{written['speed_up']:.2f}x faster over all, {written['speed_up_last_quarter']:.2f}x in the last quarter",
         ],
     ]
     return table(["what", "method", "bytes held", "CPU time"], rows)
