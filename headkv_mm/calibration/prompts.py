@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from headkv_mm.demo.documents import Question, question_text, score_answer
-from headkv_mm.demo.documents.sentences import fact, filler, number
+from headkv_mm.demo.documents.sentences import Supply, fact, filler
 from headkv_mm.demo.documents.tasks import scatter
 from headkv_mm.demo.documents.words import RELATIONS, draw_names
 from headkv_mm.evaluation.text.tokens import Encoder
@@ -103,9 +103,8 @@ def needle_prompt(tokenizer: Any, rng: random.Random, length: int, depth: float)
 def _story(rng: random.Random) -> _Story:
     asked, right_name, other, wrong_name = draw_names(rng, 4, held_out=False)
     relation = rng.choice(RELATIONS)[0]
-    right, wrong = number(rng), number(rng)
-    while wrong == right:
-        wrong = number(rng)
+    supply = Supply(rng)
+    right, wrong = supply.number(), supply.number()
     return _Story(
         needle=fact(relation, right_name, right),
         others=(
