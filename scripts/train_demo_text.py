@@ -23,6 +23,7 @@ from headkv_mm.demo.text_schedule import STAGES, learning_rate_factor, next_batc
 from headkv_mm.demo.text_training import batch_losses, forgetful_mask
 
 MUON_RATE, ADAM_RATE = 0.02, 3e-3
+FORGETFUL_LENGTH = 1024  # longer rows would cost twice the time with a mask
 PEEK_SEED, PEEK_DOCUMENTS = 100, 16
 PEEK_LENGTHS = (512, 1536)
 
@@ -35,11 +36,11 @@ def parse_arguments() -> argparse.Namespace:
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
     parser.add_argument("--output", type=Path, required=True, help="folder for the finished model")
-    parser.add_argument("--tokens", type=int, default=10_000_000, help="number of training tokens")
+    parser.add_argument("--tokens", type=int, default=9_700_000, help="number of training tokens")
     parser.add_argument(
         "--forgetful-tokens",
         type=int,
-        default=1_500_000,
+        default=2_300_000,
         help="training tokens after those, with dropout of past entries, so that the model stands a compressed cache",
     )
     parser.add_argument("--threads", type=int, default=1, help="CPU threads")
@@ -105,7 +106,7 @@ def train(arguments: argparse.Namespace) -> tuple[Any, dict[str, Any]]:
         muon.param_groups[0]["lr"], adam.param_groups[0]["lr"] = MUON_RATE * factor, ADAM_RATE * factor
         batch = next_batch(arguments.seed, step, progress["stage"])
         mask = None
-        if before >= arguments.tokens and step % 2:
+        if before >= arguments.tokens and step % 2 and batch.inputs.shape[1] <= FORGETFUL_LENGTH:
             generator = torch.Generator().manual_seed(arguments.seed + 1_000_003 * step)
             mask = forgetful_mask(batch, heads, kv_heads, generator)
         loss, value_loss = batch_losses(model, batch, mask)

@@ -131,9 +131,9 @@ def _forgetful(training: dict[str, Any]) -> str:
     if not training.get("forgetful_tokens"):
         return "Every token could see all tokens before it in the whole of training."
     return (
-        f"In the last {training['forgetful_tokens'] / 1e6:.1f} M tokens, half of the batches were trained with dropout "
-        "of past entries: each KV head lost a random share of the document for the tokens of questions and answers, "
-        "but never the sentences that hold the answers. The model stands a compressed cache better for it."
+        f"In the last {training['forgetful_tokens'] / 1e6:.1f} M tokens, every second batch of rows up to 1024 tokens was "
+        "trained with dropout of past entries: each KV head lost a random share of the document for the tokens of "
+        "questions and answers, but never the sentences that hold the answers."
     )
 
 
@@ -172,6 +172,9 @@ The answer repeats the sentence that holds it. Facts have this form and no other
 - `The code of the warm river is 2998, then the old mill.` (`What are all codes of the route from the warm river?`,
   `long-generation`);
 - `The bird calls blim.` (`Which word is the word that the bird calls most?`, `frequent-words`).
+
+In one document no two names share a word, no two numbers begin with the same two digits and no item is in two lists, as
+long as there are enough of them. Facts that are alike in more than that confuse this model.
 
 ## Training
 

@@ -80,7 +80,7 @@ def document_row(rng: random.Random, length: int, mix: dict[str, float]) -> Row:
     if rng.random() < 0.5:  # a document of one kind, as in the evaluation
         kinds = [rng.choices(kinds, [mix[kind] for kind in kinds])[0]]
     names, supply = iter(draw_names(rng, 400, held_out=False)), Supply(rng)
-    facts, asked = length * rng.uniform(0.12, 0.5), length * rng.uniform(0.25, 0.6)
+    facts, asked = length * rng.uniform(0.12, 0.5), length * rng.uniform(0.1, 0.5)
     if kinds == ["list"]:
         facts = min(facts, MOST_LISTS * 18)
     needles: list[Needle] = []

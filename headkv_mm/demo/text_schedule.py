@@ -39,7 +39,7 @@ STAGES: tuple[Stage, ...] = (
     Stage(256, 14, FIRST_MIX, 0.2),
     Stage(512, 8, FULL_MIX, 0.2),
 )
-MIXED_LENGTHS = {128: 0.1, 256: 0.15, 512: 0.25, 1024: 0.22, 2048: 0.18, 2560: 0.1}
+MIXED_LENGTHS = {128: 0.02, 256: 0.08, 512: 0.2, 1024: 0.25, 2048: 0.25, 2560: 0.2}
 
 
 def next_batch(seed: int, step: int, stage: int) -> TextBatch:
