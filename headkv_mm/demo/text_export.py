@@ -131,8 +131,8 @@ def _forgetful(training: dict[str, Any]) -> str:
     if not training.get("forgetful_tokens"):
         return "Every token could see all tokens before it in the whole of training."
     return (
-        f"In the last {training['forgetful_tokens'] / 1e6:.1f} M tokens, every second batch of rows up to 1024 tokens was "
-        "trained with dropout of past entries: each KV head lost a random share of the document for the tokens of "
+        f"In the last {training['forgetful_tokens'] / 1e6:.1f} M tokens, every second batch of rows up to 1024 tokens "
+        "was trained with dropout of past entries: each KV head lost a random share of the document for the tokens of "
         "questions and answers, but never the sentences that hold the answers."
     )
 
