@@ -43,11 +43,11 @@ def evaluate_text(
     write_json(folder / "results.json", results(settings, runs, {"versions": versions(), "commit": commit()}))
     content = read_json(folder / "results.json")
     write_text(folder / "table.md", markdown(content))
-    when = "question known" if settings.query_aware else "question not known"
+    known = "known" if settings.query_aware else "not known"
     figure = plots.quality_vs_bytes(
         plot_records(content),
         quality_name="Share of documents answered right",
-        title=f"Documents answered right, against bytes ({when} at compression)",
+        title=f"Quality against bytes, question {known} when compressed",
     )
     write_atomically(folder / "quality_vs_bytes.png", lambda path: figure.savefig(path))
     tables = depth_tables(content, DEPTH_TASK)
