@@ -40,9 +40,16 @@ class Pieces:
             if field.init
         }
 
-    def with_options(self, options: Mapping[str, Any]) -> Pieces:
-        """The pieces with every option set that they have, or swapped whole (`scorer=...`); others are ignored."""
-        changed: dict[str, Any] = {name: piece for name, piece in options.items() if name in _PIECES}
+    def with_options(self, options: Mapping[str, Any], kind: str) -> Pieces:
+        """The pieces with every option set that they have, or swapped whole (`scorer=...`); others are ignored.
+
+        A piece may be given by the name of a method, which has it for this kind: `scorer="keydiff"`.
+        """
+        changed: dict[str, Any] = {
+            name: _piece_of(piece, name, kind) if isinstance(piece, str) else piece
+            for name, piece in options.items()
+            if name in _PIECES
+        }
         for name in _PIECES:
             piece = changed.get(name, getattr(self, name))
             own = {field.name for field in dataclasses.fields(piece)} & set(options)
@@ -114,14 +121,14 @@ class Method:
     def with_options(self, options: Mapping[str, Any]) -> Method:
         """The method with options set, or whole pieces swapped (`scorer=...`, `allocator=...`, ...).
 
-        An option that several pieces have is set in all of them.
+        A swapped piece is an object, or the name of a method that has it. An option that several pieces have is set in all of them.
 
         Raises:
             ValueError: for an unknown option, or a value that its piece refuses.
         """
         if not options:
             return self
-        swapped = {kind: pieces.with_options(options) for kind in KINDS if (pieces := getattr(self, kind)) is not None}
+        swapped = {kind: pieces.with_options(options, kind) for kind in KINDS if (pieces := getattr(self, kind)) is not None}
         method = dataclasses.replace(self, **swapped)
         unknown = sorted(set(options) - set(method.options) - (set(_PIECES) if self.compresses else set()))
         if unknown:
@@ -130,6 +137,18 @@ class Method:
                 f"method {self.name!r} has no option {', '.join(map(repr, unknown))}; its options are: {expected}"
             )
         return method
+
+
+def _piece_of(method: str, name: str, kind: str) -> Any:
+    """A piece of a registered method.
+
+    Raises:
+        ValueError: if there is no such method, or it does not serve that kind.
+    """
+    pieces = get_method(method).pieces(kind)
+    if pieces is None:
+        raise ValueError(f"method {method!r} has no {name}: it is the stock cache")
+    return getattr(pieces, name)
 
 
 def _replace(piece: Any, options: dict[str, Any]) -> Any:

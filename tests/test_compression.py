@@ -101,6 +101,17 @@ def test_options_reach_every_piece_that_has_them_and_pieces_can_be_swapped() -> 
         get_method("headkv").with_options({"allocator": Uniform(), "tau": 0.5})
 
 
+def test_a_piece_may_be_named_by_a_method_that_has_it() -> None:
+    pieces = Compression("adakv", scorer="expected-attention", window=8).pieces("text")
+    assert pieces.scorer == get_method("expected-attention").text.scorer
+    assert pieces.allocator == get_method("adakv").with_options({"window": 8}).text.allocator
+    assert Compression.parse(Compression("adakv", scorer="keydiff").to_dict()) == Compression("adakv", scorer="keydiff")
+    with pytest.raises(ValueError, match="unknown method 'keydif'"):
+        Compression("adakv", scorer="keydif")
+    with pytest.raises(ValueError, match="method 'none' has no scorer"):
+        Compression("adakv", scorer="none")
+
+
 def test_defaults_of_the_paper() -> None:
     assert get_method("headkv").image.options == {
         "score": "logits",
