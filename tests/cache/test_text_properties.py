@@ -227,7 +227,7 @@ def test_copies_and_reordered_rows_are_independent(name: str, scene: dict[str, A
 @pytest.mark.parametrize("budget", [40, 0.4])
 def test_local_heads_may_leave_their_entries_to_nobody(budget: int | float) -> None:
     scene = {"budget": budget, "interval": 4, "prompts": [100], "kv_heads": 3, "group": 2, "seed": 0, "tau": 0.05}
-    driver = Driver("headkv", {**scene, "options": {"redistribute": False, "local_window": 16}}, [0])
+    driver = Driver("headkv", {**scene, "options": {"redistribute": False, "local_window": 16, "window": 32}}, [0])
     types = {bool(label) for layer in driver.layers for label in layer.allocation.local.flatten()}
     assert types == {True, False}
     for _ in range(40):
