@@ -54,9 +54,8 @@ def _multi_key(rng: random.Random, words: int, held_out: bool) -> _Hay:
 
 
 def _multi_value(rng: random.Random, words: int, held_out: bool) -> _Hay:
-    names, supply = draw_names(rng, min(4, _share(words, 40, 0.3, 2)), held_out), Supply(rng)
-    needles = [make.values_needle(supply, name) for name in names]
-    return _hay(needles, needles[0].question)
+    needle = make.values_needle(Supply(rng), draw_names(rng, 1, held_out)[0])
+    return _hay([needle], needle.question)
 
 
 def _multi_query(rng: random.Random, words: int, held_out: bool) -> _Hay:
