@@ -17,6 +17,7 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM
 
+from headkv_mm.demo import text_schedule
 from headkv_mm.demo.checkpoint import load_checkpoint, save_checkpoint
 from headkv_mm.demo.documents import TASKS, is_held_out, make_document, prompt_text
 from headkv_mm.demo.text_evaluation import evaluate_text_model, exact_share, unseen_documents, would_answer
@@ -267,7 +268,8 @@ def _script() -> ModuleType:
 @pytest.mark.slow
 def test_the_script_trains_forgets_resumes_and_exports(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     script, folder = _script(), tmp_path / "model"
-    monkeypatch.setattr(script, "STAGES", STAGES[:0])  # mixed lengths from the beginning
+    for module in (script, text_schedule):
+        monkeypatch.setattr(module, "STAGES", ())  # mixed lengths from the beginning
     monkeypatch.setattr(script, "evaluate_text_model", lambda model, documents, report: RESULTS)
     command = ["train", "--output", str(folder), "--evaluation-documents", "2"]
     monkeypatch.setattr(sys, "argv", [*command, "--tokens", "4000", "--forgetful-tokens", "4000"])
