@@ -3,8 +3,8 @@
 """What selection costs at the end of a long prompt, and what a cache holds during a long answer; random weights.
 
 `prefill` alternates the stock cache and the compressed one on the same prompt: their logits must be equal bit for bit,
-because the prompt's attention is the stock one, and the difference in time is the price of selection. `decode` generates
-with a fixed number of entries per head, against the growing full cache, and notes the bytes held at every step.
+because the prompt's attention is the stock one, and the difference in time is the price of selection. `decode` forces
+tokens at a fixed number of entries per head, against the growing full cache, and notes the bytes held at every step.
 
 Example:
     python benchmarks/text_cache.py prefill --tokens 8192 --method adakv --budget 0.25

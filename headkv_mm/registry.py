@@ -121,14 +121,17 @@ class Method:
     def with_options(self, options: Mapping[str, Any]) -> Method:
         """The method with options set, or whole pieces swapped (`scorer=...`, `allocator=...`, ...).
 
-        A swapped piece is an object, or the name of a method that has it. An option that several pieces have is set in all of them.
+        A swapped piece is an object, or the name of a method that has it. An option that several pieces have is set in
+        all of them.
 
         Raises:
             ValueError: for an unknown option, or a value that its piece refuses.
         """
         if not options:
             return self
-        swapped = {kind: pieces.with_options(options, kind) for kind in KINDS if (pieces := getattr(self, kind)) is not None}
+        swapped = {
+            kind: pieces.with_options(options, kind) for kind in KINDS if (pieces := getattr(self, kind)) is not None
+        }
         method = dataclasses.replace(self, **swapped)
         unknown = sorted(set(options) - set(method.options) - (set(_PIECES) if self.compresses else set()))
         if unknown:
