@@ -1,10 +1,29 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What the text pipelines do unless told otherwise. Imports nothing, so that a command line can name it."""
+"""What the text pipelines do unless told otherwise. Imports nothing heavy, so that a command line can name it."""
 
 from __future__ import annotations
 
-DEFAULT_COMPRESSION = "snapkv"
+from typing import Any
+
+WITH_TABLE, WITHOUT_TABLE = "headkv-r2", "keydiff"
+"""The best of the committed evaluation where the document is compressed before a question is known, for models with a
+head table (the embedded one ships with its table) and for others."""
 DEFAULT_BUDGET = 0.25
 CHUNK_SIZE = 1024  # tokens of a document that go through the model at once
 MAX_NEW_TOKENS = 256
 QUESTION_ROOM = 64  # positions left free behind a document, for a question of ordinary length
+
+
+def default_compression(model: Any) -> str:
+    """The method for documents, as the evaluation of text has decided it.
+
+    Args:
+        model: a transformers model.
+    """
+    from headkv_mm.head_tables import head_table_for
+
+    try:
+        head_table_for(model)
+    except ValueError:
+        return WITHOUT_TABLE
+    return WITH_TABLE

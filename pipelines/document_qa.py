@@ -15,7 +15,7 @@ from transformers.pipelines.base import Pipeline
 
 from headkv_mm.cache import HeadKVCache
 from headkv_mm.pipelines.answers import DocumentReport
-from headkv_mm.pipelines.defaults import CHUNK_SIZE, DEFAULT_BUDGET, DEFAULT_COMPRESSION, MAX_NEW_TOKENS
+from headkv_mm.pipelines.defaults import CHUNK_SIZE, DEFAULT_BUDGET, MAX_NEW_TOKENS, default_compression
 from headkv_mm.pipelines.document import Document
 from headkv_mm.pipelines.document_prompts import PromptFormat
 from headkv_mm.pipelines.kv_arguments import KVArguments
@@ -188,7 +188,8 @@ class LongDocumentQAPipeline(Pipeline):
             ValueError: for one that does not exist or cannot work.
         """
         if kv.compression is None:
-            kv = KVArguments(DEFAULT_COMPRESSION, DEFAULT_BUDGET if kv.budget is None else kv.budget, kv.options)
+            budget = DEFAULT_BUDGET if kv.budget is None else kv.budget
+            kv = KVArguments(default_compression(self.model), budget, kv.options)
         compression = kv.resolve()
         HeadKVCache(self.model, compression)  # refuses models and budgets that cannot work
         return compression

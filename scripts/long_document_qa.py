@@ -24,7 +24,7 @@ from accelerate.utils import gather_object
 
 import headkv_mm
 from headkv_mm.commands.option_values import budget, option, whole_number
-from headkv_mm.pipelines.defaults import CHUNK_SIZE, DEFAULT_BUDGET, DEFAULT_COMPRESSION, MAX_NEW_TOKENS
+from headkv_mm.pipelines.defaults import CHUNK_SIZE, DEFAULT_BUDGET, MAX_NEW_TOKENS, WITH_TABLE, WITHOUT_TABLE
 
 FULL = "none"
 Key = tuple[str, str]  # document and question
@@ -37,7 +37,11 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--question", action="append", default=[], metavar="Q", help="repeatable")
     parser.add_argument("--questions-file", type=Path, metavar="FILE", help="text file with one question per line")
     parser.add_argument("--model", help="model folder (default: the embedded language model)")
-    parser.add_argument("--kv-compression", default=DEFAULT_COMPRESSION, metavar="METHOD", help="none: the full cache")
+    parser.add_argument(
+        "--kv-compression",
+        metavar="METHOD",
+        help=f"none: the full cache (default: {WITH_TABLE} if a head table ships for the model, else {WITHOUT_TABLE})",
+    )
     parser.add_argument("--kv-budget", type=budget, default=DEFAULT_BUDGET, metavar="BUDGET", help="1/4, 256, 64MiB")
     parser.add_argument("--kv-option", type=option, action="append", default=[], metavar="NAME=VALUE")
     parser.add_argument("--chunk-size", type=whole_number(1), default=CHUNK_SIZE, metavar="N")
