@@ -183,7 +183,7 @@ def quality_vs_bytes(
     axes.grid(alpha=0.25)
     axes.spines[["top", "right"]].set_visible(False)
     if len(by_method) > len(COLOURS):
-        axes.legend(frameon=False, loc="upper left", bbox_to_anchor=(1.01, 1.0), fontsize=8)
+        axes.legend(frameon=False, loc="upper left", bbox_to_anchor=(1.01, 1.0), fontsize=8, handlelength=4)
     else:
         axes.legend(frameon=False)
     return figure

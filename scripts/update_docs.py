@@ -20,6 +20,7 @@ from typing import Any
 from headkv_mm.demo import text_model_path
 from headkv_mm.evaluation.settings import FULL, budget_label
 from headkv_mm.evaluation.tables import interval, percent, table
+from headkv_mm.evaluation.text.tables import overview
 from headkv_mm.head_tables import SHIPPED_NAME, load_head_table
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -148,6 +149,40 @@ def text_cache() -> str:
     return table(["what", "method", "bytes held", "CPU time"], rows)
 
 
+def text() -> str:
+    """Methods by budgets, the document compressed before its question is known."""
+    return _text_overview("text/results.json")
+
+
+def text_query_aware() -> str:
+    """Methods by budgets, document and question compressed together."""
+    return _text_overview("text_query_aware/results.json")
+
+
+def _text_overview(name: str) -> str:
+    content = _load(name)
+    found = [run["summary"]["exact"] for run in content["runs"]]
+    widest = max(max(one["high"] - one["mean"], one["mean"] - one["low"]) for one in found)
+    documents = found[0]["documents"]
+    note = f"{documents} documents; 95 % intervals reach at most {100 * widest:.1f} points to a side."
+    return f"{overview(content)}\n\n{note}"
+
+
+def text_tasks() -> str:
+    """Methods by tasks at a quarter of the entries."""
+    content = _load("text/results.json")
+    tasks, budget = content["settings"]["tasks"], 1 / 4
+    rows = [
+        [
+            "full cache" if run["method"] == FULL else f"`{run['method']}` {budget_label(budget)}",
+            *(percent(run["summary"]["by_task"][task], 0) for task in tasks),
+        ]
+        for run in content["runs"]
+        if run["method"] == FULL or run["budget"] == budget
+    ]
+    return table(["method", *tasks], rows)
+
+
 MAKERS: dict[str, Callable[[], str]] = {
     "heads": heads,
     "images": images,
@@ -156,6 +191,9 @@ MAKERS: dict[str, Callable[[], str]] = {
     "decode-long": decode_long,
     "window-scores": window_scores,
     "image-decode": image_decode,
+    "text": text,
+    "text-query-aware": text_query_aware,
+    "text-tasks": text_tasks,
 }
 
 
