@@ -56,7 +56,7 @@ def overview(content: Mapping[str, Any]) -> str:
         cells = []
         for budget in budgets:
             text = percent(right[method, budget])
-            cells.append(f"**{text}**" if right[method, budget] == best[budget] else text)
+            cells.append(f"**{text}**" if right[method, budget] == best[budget] > 0 else text)
         rows.append([f"`{method}`", *cells])
     return table(["method", *(budget_label(budget) for budget in budgets)], rows)
 
