@@ -189,7 +189,8 @@ class LongDocumentQAPipeline(Pipeline):
         """
         if kv.compression is None:
             budget = DEFAULT_BUDGET if kv.budget is None else kv.budget
-            kv = KVArguments(default_compression(self.model), budget, kv.options)
+            method, options = default_compression(self.model)
+            kv = KVArguments(method, budget, {**options, **kv.options})
         compression = kv.resolve()
         HeadKVCache(self.model, compression)  # refuses models and budgets that cannot work
         return compression

@@ -168,6 +168,32 @@ def _text_overview(name: str) -> str:
     return f"{overview(content)}\n\n{note}"
 
 
+def text_short() -> str:
+    """Chosen methods, the document compressed before and after its question is known."""
+    chosen = (FULL, "headkv-r2", "keydiff", "headkv", "r-kv", "snapkv", "adakv", "streaming", "random")
+    columns = [
+        ("text", 1 / 2),
+        ("text", 1 / 4),
+        ("text", 1 / 8),
+        ("text_query_aware", 1 / 4),
+        ("text_query_aware", 1 / 8),
+    ]
+    found = {
+        (name, run["method"], None if run["method"] == FULL else run["budget"]): run["summary"]["exact"]["mean"]
+        for name in ("text", "text_query_aware")
+        for run in _load(f"{name}/results.json")["runs"]
+    }
+    rows = [
+        [
+            "full cache" if method == FULL else f"`{method}`",
+            *(percent(found[name, method, None if method == FULL else budget], 0) for name, budget in columns),
+        ]
+        for method in chosen
+    ]
+    heads = [f"{'before' if name == 'text' else 'after'}, {budget_label(budget)}" for name, budget in columns]
+    return table(["compressed before or after the question is known", *heads], rows)
+
+
 def text_tasks() -> str:
     """Methods by tasks at a quarter of the entries."""
     content = _load("text/results.json")
@@ -193,6 +219,7 @@ MAKERS: dict[str, Callable[[], str]] = {
     "image-decode": image_decode,
     "text": text,
     "text-query-aware": text_query_aware,
+    "text-short": text_short,
     "text-tasks": text_tasks,
 }
 
