@@ -190,6 +190,13 @@ def text_short() -> str:
         ]
         for method in chosen
     ]
+    mixed = {
+        run["budget"]: run["summary"]["exact"]["mean"]
+        for run in _load("text_mixed/results.json")["runs"]
+        if run["method"] == "headkv-r2"
+    }
+    cells = [percent(mixed[budget], 0) if name == "text" and budget in mixed else "" for name, budget in columns]
+    rows.insert(1, ["`headkv-r2` with `scorer=keydiff`", *cells])
     heads = [f"{'before' if name == 'text' else 'after'}, {budget_label(budget)}" for name, budget in columns]
     return table(["compressed before or after the question is known", *heads], rows)
 
