@@ -159,6 +159,21 @@ def text_query_aware() -> str:
     return _text_overview("text_query_aware/results.json")
 
 
+def text_mixed() -> str:
+    """Budgets of one method with the scores of another."""
+    content = _load("text_mixed/results.json")
+    rows = [
+        [
+            f"`{run['method']}` with {', '.join(f'`{name}={value}`' for name, value in run['options'].items())}",
+            budget_label(run["budget"]),
+            interval(run["summary"]["exact"]),
+        ]
+        for run in content["runs"]
+        if "scorer" in run["options"]
+    ]
+    return table(["method", "budget", "documents right"], rows)
+
+
 def _text_overview(name: str) -> str:
     content = _load(name)
     found = [run["summary"]["exact"] for run in content["runs"]]
@@ -226,6 +241,7 @@ MAKERS: dict[str, Callable[[], str]] = {
     "image-decode": image_decode,
     "text": text,
     "text-query-aware": text_query_aware,
+    "text-mixed": text_mixed,
     "text-short": text_short,
     "text-tasks": text_tasks,
 }
