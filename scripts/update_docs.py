@@ -159,19 +159,31 @@ def text_query_aware() -> str:
     return _text_overview("text_query_aware/results.json")
 
 
+MIXED = {
+    "text_mixed": "before, the documents above",
+    "text_mixed_held_out": "before, other documents (seed 1)",
+    "text_mixed_query_aware": "after, the documents below",
+}
+
+
 def text_mixed() -> str:
     """Budgets of one method with the scores of another."""
-    content = _load("text_mixed/results.json")
-    rows = [
-        [
-            f"`{run['method']}` with {', '.join(f'`{name}={value}`' for name, value in run['options'].items())}",
-            budget_label(run["budget"]),
-            interval(run["summary"]["exact"]),
+    rows = []
+    for folder, when in MIXED.items():
+        runs = _load(f"{folder}/results.json")["runs"]
+        full = percent(next(run for run in runs if run["method"] == FULL)["summary"]["exact"]["mean"])
+        rows += [
+            [
+                f"`{run['method']}` with {', '.join(f'`{name}={value}`' for name, value in run['options'].items())}",
+                when,
+                budget_label(run["budget"]),
+                interval(run["summary"]["exact"]),
+                full,
+            ]
+            for run in runs
+            if "scorer" in run["options"]
         ]
-        for run in content["runs"]
-        if "scorer" in run["options"]
-    ]
-    return table(["method", "budget", "documents right"], rows)
+    return table(["method", "compressed before or after the question", "budget", "documents right", "full cache"], rows)
 
 
 def _text_overview(name: str) -> str:
@@ -206,11 +218,12 @@ def text_short() -> str:
         for method in chosen
     ]
     mixed = {
-        run["budget"]: run["summary"]["exact"]["mean"]
-        for run in _load("text_mixed/results.json")["runs"]
+        (name, run["budget"]): percent(run["summary"]["exact"]["mean"], 0)
+        for name, folder in (("text", "text_mixed"), ("text_query_aware", "text_mixed_query_aware"))
+        for run in _load(f"{folder}/results.json")["runs"]
         if run["method"] == "headkv-r2"
     }
-    cells = [percent(mixed[budget], 0) if name == "text" and budget in mixed else "" for name, budget in columns]
+    cells = [mixed.get(column, "") for column in columns]
     rows.insert(1, ["`headkv-r2` with `scorer=keydiff`", *cells])
     heads = [f"{'before' if name == 'text' else 'after'}, {budget_label(budget)}" for name, budget in columns]
     return table(["compressed before or after the question is known", *heads], rows)
