@@ -114,8 +114,7 @@ class ImageCompressor(LayerCompressor):
                 f"{after_prompt} tokens follow the prompt, so {tokens} cannot be cropped; reset the cache instead"
             )
         self._count(-tokens)
-        row_slots = torch.tensor(self.store.row_slots, device=self.seen.device)
-        self.store.evict(self.store.positions >= torch.repeat_interleave(self.seen, row_slots))
+        self.store.evict(self.store.positions >= self.seen[self.store.row_of_slots()])
         self.decoded -= tokens
         # What was learnt from the removed queries cannot be taken out of a sum; the next ones start anew.
         self.observer = Observer()

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field, replace
 import torch
 from torch import Tensor
 
-from .text_compressor import Asked
+from .asked import Asked
 
 
 @dataclass(frozen=True)

@@ -4,12 +4,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
 from . import kernels
+from .asked import Asked
 from .chunk import attend_chunk
 from .compressor import LayerCompressor
 from .decided import Decided
@@ -18,27 +18,6 @@ from .pieces import Allocation, ModelAllocator, Observed
 from .ragged import RaggedKV
 from .registry import Pieces
 from .text_plan import TextPlan
-
-
-@dataclass(frozen=True)
-class Asked:
-    """The queries of a prompt or chunk, and how the layer asks.
-
-    Attributes:
-        queries: [B, T, H, D].
-        positions: [B, T] int32, -1 for padding.
-        scale, softcap, sinks: see `headkv_mm.kernels.ragged_decode`.
-    """
-
-    queries: Tensor
-    positions: Tensor
-    scale: float
-    softcap: float = 0.0
-    sinks: Tensor | None = None
-
-    def last(self, count: int) -> Asked:
-        """The last `count` queries, or all if there are fewer."""
-        return replace(self, queries=self.queries[:, -count:], positions=self.positions[:, -count:])
 
 
 class TextCompressor(LayerCompressor):
@@ -297,7 +276,7 @@ class TextCompressor(LayerCompressor):
             scale=asked.scale,
             row_budgets=budgets,
             row_seen=self.row_seen,
-            mean_query=self.observer.mean_query if decoding else _mean(asked),
+            mean_query=self.observer.mean_query if decoding else asked.mean,
             queries=asked.queries,
             query_positions=asked.positions,
             # Accumulated attention holds the prompt's; any other counts decoded queries only.
@@ -421,9 +400,3 @@ class TextCompressor(LayerCompressor):
                 undecided, self.row_seen, self.row_condition, self.allocation.row_totals, strict=True
             )
         ]
-
-
-def _mean(asked: Asked) -> Tensor:
-    """The mean of the queries that are no padding, [B, H, D] float32."""
-    real = (asked.positions >= 0)[..., None, None]
-    return (asked.queries.float() * real).sum(1) / real.sum(1).clamp(min=1)

@@ -16,10 +16,11 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from headkv_mm import methods
+from headkv_mm.asked import Asked
 from headkv_mm.model_pool import ModelPool
 from headkv_mm.plan import LayerPlace
 from headkv_mm.registry import get_method
-from headkv_mm.text_compressor import Asked, TextCompressor
+from headkv_mm.text_compressor import TextCompressor
 from headkv_mm.text_plan import text_plan
 
 COMPRESSING = [name for name in methods("text") if get_method(name).compresses] + ["adakv over layers"]
