@@ -88,11 +88,19 @@ class TextToImagePipeline(Pipeline):
     # The base class would take temperature and its like out of the arguments; they belong to `Sampling` here.
     _pipeline_calls_generate = False
 
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
-        """Bind the model to its adapter and check all arguments."""
+    def __init__(self, *args: Any, image_decoder: Any = None, **kwargs: Any) -> None:
+        """Bind the model to its adapter and check all arguments.
+
+        Args:
+            *args: for the base class.
+            image_decoder: what turns tokens into pictures, for models that cannot do it themselves.
+            **kwargs: for the base class, and arguments of a call.
+        """
         super().__init__(*args, **kwargs)
         tokenizer: Any = self.__dict__.get("tokenizer")
-        self._adapter = adapter_for(self.model, tokenizer=tokenizer, processor=self.processor)
+        self._adapter = adapter_for(
+            self.model, tokenizer=tokenizer, processor=self.processor, image_decoder=image_decoder
+        )
         self.tokenizer = self._adapter.tokenizer
         self.model.eval()
         self._check(self._forward_params)
@@ -123,7 +131,7 @@ class TextToImagePipeline(Pipeline):
     @property
     def image_grid(self) -> ImageGrid:
         """The tokens of an image."""
-        return self._adapter.grid
+        return self._grid(self._forward_params)
 
     def check_prompts(self, prompts: Iterable[str]) -> list[str]:
         """The prompts as the model reads them, without generating anything.
@@ -156,9 +164,11 @@ class TextToImagePipeline(Pipeline):
             raise ValueError(f"num_images must be a positive integer, got {count!r}")
         return {}, given, {}
 
-    def preprocess(self, prompts: list[str], negative_prompt: str | None = None) -> dict[str, Any]:
+    def preprocess(
+        self, prompts: list[str], negative_prompt: str | None = None, grid: ImageGrid | None = None
+    ) -> dict[str, Any]:
         """Encode checked prompts, one row per image."""
-        return {"prompts": self._adapter.encode(prompts, negative_prompt)}
+        return {"prompts": self._adapter.encode(prompts, negative_prompt, grid)}
 
     def _forward(self, model_inputs: dict[str, Any], **run: Any) -> dict[str, Any]:
         encoded, compression, sampling = model_inputs["prompts"], run["compression"], run["sampling"]
@@ -181,16 +191,21 @@ class TextToImagePipeline(Pipeline):
             text = self.model.config.get_text_config(decoder=True)
             kept = kept_image_tokens(
                 made.caches[0],
-                encoded.condition_lengths.cpu(),
-                self._adapter.grid.tokens,
+                encoded.condition_lengths.cpu() + encoded.grid.start,
+                encoded.grid.tokens,
                 text.num_hidden_layers,
                 text.num_key_value_heads,
             )
-        return {"tokens": tokens, "report": report, "kept": kept}
+        return {"tokens": tokens, "report": report, "kept": kept, "prompts": encoded, "seeds": run["seeds"]}
 
     def postprocess(self, model_outputs: dict[str, Any]) -> list[Any]:
         """Pictures of the tokens of a run."""
-        return self._adapter.decode(model_outputs["tokens"])
+        return self._adapter.decode(model_outputs["tokens"], model_outputs["prompts"], model_outputs["seeds"])
+
+    def _grid(self, parameters: dict[str, Any]) -> ImageGrid:
+        """The grid asked for, or the model's own."""
+        asked = parameters.get("image_grid")
+        return self._adapter.grid if asked is None else self._adapter.check_grid(asked)
 
     def _prompt(self, prompt: Any) -> str:
         """A prompt the model can read.
@@ -212,11 +227,10 @@ class TextToImagePipeline(Pipeline):
             ValueError: in one line.
         """
         image_seeds(parameters.get("seed"), parameters.get("num_images", 1))
+        grid = self._grid(parameters)
         compression = parameters.get("kv", KVArguments()).resolve()
         if compression.resolve().compresses:
-            plan_memory(self.model, compression, image_grid=self._adapter.grid)  # refuses a budget that is too small
-        if "image_grid" in parameters:
-            self._adapter.check_grid(parameters["image_grid"])
+            plan_memory(self.model, compression, image_grid=grid)  # refuses a budget that is too small
         negative = parameters.get("negative_prompt")
         sampling = self._adapter.effective_sampling(parameters.get("sampling", Sampling()))
         if negative is not None:
@@ -235,7 +249,8 @@ class TextToImagePipeline(Pipeline):
             for seed in image_seeds(parameters.get("seed"), count)
         )
         waiting: list[_Made] = []
-        tokens = None if total is None else total * count * self._adapter.grid.tokens
+        grid = self._grid(parameters)
+        tokens = None if total is None else total * count * (grid.start + grid.tokens)
         with token_bar(tokens, show=bool(parameters.get("progress", False))) as advance:
             while run := list(islice(jobs, batch_size or count)):
                 waiting += self._run(run, parameters, partial(advance, len(run)))
@@ -247,7 +262,9 @@ class TextToImagePipeline(Pipeline):
         """Generate the images of `jobs` together."""
         negative = parameters.get("negative_prompt")
         encoded = self.preprocess(
-            [job.prompt for job in jobs], negative_prompt=None if negative is None else self._prompt(negative)
+            [job.prompt for job in jobs],
+            negative_prompt=None if negative is None else self._prompt(negative),
+            grid=self._grid(parameters),
         )
         made = self.forward(
             encoded,

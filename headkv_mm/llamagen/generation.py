@@ -8,16 +8,10 @@ from typing import Any
 
 import torch
 from transformers.cache_utils import Cache
-from transformers.generation import (
-    GenerationConfig,
-    LogitsProcessorList,
-    TemperatureLogitsWarper,
-    TopKLogitsWarper,
-    TopPLogitsWarper,
-)
+from transformers.generation import GenerationConfig, LogitsProcessorList
 
+from headkv_mm.image_sampling import draw, uniform_streams, warpers
 from headkv_mm.llamagen.configuration import LlamaGenConfig  # transformers evaluates the annotation below
-from headkv_mm.llamagen.sampling import draw, uniform_streams
 
 
 class ImageGenerationMixin:
@@ -82,7 +76,7 @@ class ImageGenerationMixin:
         if negative_prompt_ids is not None and guidance == 1:
             raise ValueError("negative_prompt_ids has no effect without guidance: set guidance_scale above 1")
         sampling = bool(_first(do_sample, settings.do_sample, True))
-        warpers = _warpers(
+        warp = warpers(
             _first(temperature, settings.temperature, 1.0),
             _first(top_k, settings.top_k, 0),
             _first(top_p, settings.top_p, 1.0),
@@ -132,7 +126,7 @@ class ImageGenerationMixin:
             if uniform is None:
                 code = scores.argmax(dim=-1)
             else:
-                code = draw(warpers(tokens[:, :index], scores), uniform[:, index])
+                code = draw(warp(tokens[:, :index], scores), uniform[:, index])
             tokens[:, index] = code
             inputs = (code.repeat(2) if guidance > 1 else code)[:, None]
             if callback is not None:
@@ -193,21 +187,3 @@ class ImageGenerationMixin:
 def _first(*values: Any) -> Any:
     """The first value that is not None."""
     return next(value for value in values if value is not None)
-
-
-def _warpers(temperature: float, top_k: int, top_p: float) -> LogitsProcessorList:
-    """transformers' own warpers in its order: temperature, top-k, top-p."""
-    if not temperature > 0:
-        raise ValueError(f"temperature must be above 0, got {temperature}: use do_sample=False for the best code")
-    if top_k < 0:
-        raise ValueError(f"top_k must be at least 0 (0 means all codes), got {top_k}")
-    if not 0 < top_p <= 1:
-        raise ValueError(f"top_p must be above 0 and at most 1, got {top_p}")
-    warpers = LogitsProcessorList()
-    if temperature != 1:
-        warpers.append(TemperatureLogitsWarper(float(temperature)))
-    if top_k:
-        warpers.append(TopKLogitsWarper(top_k=int(top_k)))
-    if top_p < 1:
-        warpers.append(TopPLogitsWarper(top_p=float(top_p)))
-    return warpers

@@ -45,10 +45,13 @@ def adapter_class_for(config: PreTrainedConfig) -> type[ImageModelAdapter]:
     )
 
 
-def adapter_for(model: PreTrainedModel, tokenizer: Any = None, processor: Any = None) -> ImageModelAdapter:
+def adapter_for(
+    model: PreTrainedModel, tokenizer: Any = None, processor: Any = None, image_decoder: Any = None
+) -> ImageModelAdapter:
     """An adapter for a loaded model.
 
     Raises:
-        ValueError: if no adapter knows the model.
+        ValueError: if no adapter knows the model, or the adapter misses something.
     """
-    return adapter_class_for(model.config)(model, tokenizer=tokenizer, processor=processor)
+    chosen = adapter_class_for(model.config)
+    return chosen(model, tokenizer=tokenizer, processor=processor, image_decoder=image_decoder)

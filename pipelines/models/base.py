@@ -72,11 +72,16 @@ class EncodedPrompts:
 
     Attributes:
         inputs: keyword arguments for the model, tensors with one row per image.
-        condition_lengths: int64 [B], how many positions of each row come before the image, padding not counted.
+        condition_lengths: int64 [B], how many positions of each row come before what is generated, padding not
+            counted.
+        grid: the image that will be drawn.
+        prompts: the prompts themselves, for models whose pictures need them again.
     """
 
     inputs: dict[str, Any]
     condition_lengths: torch.Tensor
+    grid: ImageGrid
+    prompts: tuple[Any, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -84,7 +89,8 @@ class GeneratedTokens:
     """What a run gave.
 
     Attributes:
-        tokens: int64 [B, T], image tokens in raster order.
+        tokens: int64 [B, grid.tokens], image tokens in raster order, newline tokens included; what comes before the
+            image (`grid.start` tokens) is left out.
         caches: the KV caches of the run, still full. Row b of the first one belongs to image b; guidance adds rows
             behind them, or a second cache.
     """
@@ -102,16 +108,29 @@ class ImageModelAdapter(ABC):
     Attributes:
         architecture: name for messages.
         needs_processor: the pipeline must load the model's processor (tokenizer and image processor in one).
+        takes_image_decoder: pictures come from something beside the model (`image_decoder=` of the pipeline).
     """
 
     architecture: ClassVar[str]
     needs_processor: ClassVar[bool] = False
+    takes_image_decoder: ClassVar[bool] = False
 
-    def __init__(self, model: PreTrainedModel, tokenizer: Any = None, processor: Any = None) -> None:
-        """Bind a loaded model and what came with it."""
+    def __init__(
+        self, model: PreTrainedModel, tokenizer: Any = None, processor: Any = None, image_decoder: Any = None
+    ) -> None:
+        """Bind a loaded model and what came with it.
+
+        Raises:
+            ValueError: if something is missing, or an image decoder comes with a model that has its own.
+        """
+        if image_decoder is not None and not self.takes_image_decoder:
+            raise ValueError(
+                f"{self.architecture} models turn tokens into pictures themselves: leave image_decoder out"
+            )
         self.model = model
         self.tokenizer = tokenizer
         self.processor = processor
+        self.image_decoder = image_decoder
 
     @classmethod
     @abstractmethod
@@ -121,7 +140,7 @@ class ImageModelAdapter(ABC):
     @property
     @abstractmethod
     def grid(self) -> ImageGrid:
-        """Where the image lies in what the model generates."""
+        """Where the image lies in what the model generates, if the user asks for no other grid."""
 
     @abstractmethod
     def check_prompt(self, prompt: str) -> str:
@@ -136,8 +155,10 @@ class ImageModelAdapter(ABC):
         """`sampling` with the model's defaults where it says nothing."""
 
     @abstractmethod
-    def encode(self, prompts: Sequence[str], negative_prompt: str | None = None) -> EncodedPrompts:
-        """Inputs for one image per prompt; `prompts` went through `check_prompt`."""
+    def encode(
+        self, prompts: Sequence[str], negative_prompt: str | None = None, grid: ImageGrid | None = None
+    ) -> EncodedPrompts:
+        """Inputs for one image per prompt; `prompts` went through `check_prompt`, `grid` through `check_grid`."""
 
     @abstractmethod
     def generate(
@@ -160,11 +181,17 @@ class ImageModelAdapter(ABC):
         """
 
     @abstractmethod
-    def decode(self, tokens: torch.Tensor) -> list[Image]:
-        """RGB pictures of image tokens int64 [B, T]."""
+    def decode(self, tokens: torch.Tensor, prompts: EncodedPrompts, seeds: Sequence[int]) -> list[Image]:
+        """RGB pictures of image tokens int64 [B, grid.tokens].
+
+        Args:
+            tokens: what `generate` gave.
+            prompts: what the tokens were made from.
+            seeds: one per image, for decoders that draw random numbers.
+        """
 
     def check_grid(self, grid: ImageGrid) -> ImageGrid:
-        """A grid the user asked for.
+        """The grid to draw when the user asks for `grid`; its height and width are what counts.
 
         Raises:
             ValueError: if the model cannot draw it.

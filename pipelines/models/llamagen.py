@@ -30,9 +30,11 @@ class LlamaGenAdapter(ImageModelAdapter):
 
     architecture = "LlamaGen"
 
-    def __init__(self, model: PreTrainedModel, tokenizer: Any = None, processor: Any = None) -> None:
+    def __init__(
+        self, model: PreTrainedModel, tokenizer: Any = None, processor: Any = None, image_decoder: Any = None
+    ) -> None:
         """Bind the model and find its tokenizer: the one given, the one in its folder, or the scene vocabulary."""
-        super().__init__(model, tokenizer, processor)
+        super().__init__(model, tokenizer, processor, image_decoder)
         if self.tokenizer is None:
             self.tokenizer = _own_tokenizer(model)
         self._speaks_scenes = _speaks_scenes(self.tokenizer)
@@ -73,13 +75,15 @@ class LlamaGenAdapter(ImageModelAdapter):
         plain = {"guidance_scale": 1.0, "do_sample": True, "temperature": 1.0, "top_k": 0, "top_p": 1.0}
         return sampling.with_defaults(**{**plain, **own})
 
-    def encode(self, prompts: Sequence[str], negative_prompt: str | None = None) -> EncodedPrompts:
+    def encode(
+        self, prompts: Sequence[str], negative_prompt: str | None = None, grid: ImageGrid | None = None
+    ) -> EncodedPrompts:
         """Ids and mask [B, P], padded on the left, and those of the negative prompt [1, P]."""
         ids, mask = self._tokens(list(prompts))
         inputs = {"input_ids": ids, "attention_mask": mask}
         if negative_prompt is not None:
             inputs["negative_prompt_ids"], inputs["negative_prompt_attention_mask"] = self._tokens([negative_prompt])
-        return EncodedPrompts(inputs, mask.sum(dim=1))
+        return EncodedPrompts(inputs, mask.sum(dim=1), grid or self.grid, tuple(prompts))
 
     def generate(
         self,
@@ -105,7 +109,7 @@ class LlamaGenAdapter(ImageModelAdapter):
         )
         return GeneratedTokens(tokens, [cache])
 
-    def decode(self, tokens: torch.Tensor) -> list[Image]:
+    def decode(self, tokens: torch.Tensor, prompts: EncodedPrompts, seeds: Sequence[int]) -> list[Image]:
         """RGB pictures from the model's codebook."""
         from PIL import Image
 

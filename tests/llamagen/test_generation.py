@@ -11,8 +11,8 @@ import torch
 from transformers.cache_utils import DynamicCache
 from transformers.generation import LogitsProcessor, LogitsProcessorList
 
+from headkv_mm.image_sampling import draw, uniform_streams
 from headkv_mm.llamagen import LlamaGenForConditionalGeneration
-from headkv_mm.llamagen.sampling import draw, uniform_streams
 
 PROMPT, STEPS = 6, 12
 PAD, NULL, BOS, BOI = 20, 21, 22, 23

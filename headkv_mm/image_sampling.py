@@ -6,6 +6,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
+from transformers.generation import (
+    LogitsProcessorList,
+    TemperatureLogitsWarper,
+    TopKLogitsWarper,
+    TopPLogitsWarper,
+)
 
 
 def uniform_streams(
@@ -66,3 +72,56 @@ def draw(scores: torch.Tensor, uniform: torch.Tensor) -> torch.Tensor:
     # A target that rounds up to the total would fall off the end: take the last code that has any probability.
     last_possible = (cumulative < cumulative[:, -1:]).sum(dim=-1)
     return torch.minimum(codes, last_possible)
+
+
+def warpers(temperature: float, top_k: int, top_p: float) -> LogitsProcessorList:
+    """transformers' own warpers in its order: temperature, top-k, top-p.
+
+    Raises:
+        ValueError: for a value out of range.
+    """
+    if not temperature > 0:
+        raise ValueError(f"temperature must be above 0, got {temperature}: use do_sample=False for the best code")
+    if top_k < 0:
+        raise ValueError(f"top_k must be at least 0 (0 means all codes), got {top_k}")
+    if not 0 < top_p <= 1:
+        raise ValueError(f"top_p must be above 0 and at most 1, got {top_p}")
+    chain = LogitsProcessorList()
+    if temperature != 1:
+        chain.append(TemperatureLogitsWarper(float(temperature)))
+    if top_k:
+        chain.append(TopKLogitsWarper(top_k=int(top_k)))
+    if top_p < 1:
+        chain.append(TopPLogitsWarper(top_p=float(top_p)))
+    return chain
+
+
+class TokenDrawer:
+    """Draws one token per image and step. An image's tokens depend on its own seed and scores, not on the batch.
+
+    Args:
+        seeds: one per image.
+        steps: tokens that will be drawn.
+        do_sample: False takes the best token.
+        temperature, top_k, top_p: see `warpers`.
+    """
+
+    def __init__(
+        self,
+        seeds: Sequence[int],
+        steps: int,
+        *,
+        do_sample: bool = True,
+        temperature: float = 1.0,
+        top_k: int = 0,
+        top_p: float = 1.0,
+    ) -> None:
+        self._warpers = warpers(temperature, top_k, top_p)
+        self._uniform = uniform_streams(len(seeds), steps, seeds, None) if do_sample else None  # [B, steps]
+
+    def __call__(self, step: int, scores: torch.Tensor) -> torch.Tensor:
+        """Tokens int64 [B] of scores [B, K], after guidance; -inf marks what must not be drawn."""
+        scores = scores.float()
+        if self._uniform is None:
+            return scores.argmax(dim=-1)
+        return draw(self._warpers(scores.new_empty(len(scores), 0, dtype=torch.long), scores), self._uniform[:, step])
