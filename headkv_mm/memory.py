@@ -147,13 +147,16 @@ class MemoryPlan:
     Attributes:
         entries_per_head: mean room per KV head: for an image condition, budget and one row; for a text the budget and
             one interval.
-        nbytes: bytes of keys and values held; bookkeeping comes on top (under 5 % of it for common sizes).
+        nbytes: bytes of keys and values held; bookkeeping comes on top.
         nbytes_full: bytes of a stock cache at the end.
+        bookkeeping: bytes of everything else that the cache holds: positions, scores, lengths, waiting queries (under
+            5 % of `nbytes` for common sizes).
     """
 
     entries_per_head: int
     nbytes: int
     nbytes_full: int
+    bookkeeping: int = 0
 
     @property
     def ratio(self) -> float:
@@ -181,7 +184,7 @@ def plan_memory(
         rows: rows of the batch; classifier-free guidance doubles them.
         condition: prompt tokens per row of an image, padding not counted.
         tokens: tokens of a text, prompt and answer together; needed where there is no image grid.
-        image_grid: by default what the configuration states.
+        image_grid: by default what the configuration states, unless `tokens` asks for a text.
         dtype: of the cache; the model's by default.
 
     Raises:
@@ -189,7 +192,7 @@ def plan_memory(
     """
     config = getattr(model_or_config, "config", model_or_config)
     text = config.get_text_config(decoder=True)
-    grid = image_grid or ImageGrid.from_config(config)
+    grid = image_grid or (ImageGrid.from_config(config) if tokens is None else None)
     if grid is None and tokens is None:
         raise ValueError(
             f"{type(config).__name__} states no image grid; pass image_grid=ImageGrid(height, width) for an image, or "
@@ -203,6 +206,7 @@ def plan_memory(
     per_entry = 2 * rows * text.num_hidden_layers * kv_heads * head_dim * itemsize
     first = 0 if grid is None else condition + grid.start
     entries = full = first + (tokens or 0 if grid is None else grid.tokens)
+    held = per_entry * full
     pieces = parsed.pieces("text" if grid is None else "image")
     if pieces is not None:
         cost = storage_cost(
@@ -221,11 +225,14 @@ def plan_memory(
             whole = text_plan(parsed.budget, interval=interval, cost=cost)
             if not whole.keeps_all:
                 entries = min(whole.entries(full) + whole.step, full)
+                held = cost.of(entries - whole.step, whole.step)
         else:
             plan = image_plan(parsed.budget, grid, cost)
             if not plan.keeps_all:
                 entries = first + plan.budget + plan.row
-    return MemoryPlan(entries_per_head=entries, nbytes=per_entry * entries, nbytes_full=per_entry * full)
+                held = cost.of(plan.budget, plan.row)
+    nbytes = per_entry * entries
+    return MemoryPlan(entries, nbytes, per_entry * full, held - nbytes)
 
 
 def _plain(value: Any) -> Any:
