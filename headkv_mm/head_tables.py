@@ -3,28 +3,33 @@
 
 from __future__ import annotations
 
-import json
 import math
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from .fingerprint import fingerprint
+from .table_files import (
+    TableFormat,
+    check_fingerprint,
+    full_attention_layers,
+    is_model,
+    read_table,
+    table_text,
+    text_config,
+    typed,
+    write_table,
+)
 
-FORMAT = "headkv-mm head table"
-VERSION = 1
 KINDS = ("r2",)
 """How the scores were measured; "r2": retrieval and reasoning (arXiv 2410.19258), see `headkv_mm.calibration`."""
 SHIPPED_NAME = "heads.json"
 """The embedded model's table lies beside its weights under this name."""
 
-_MAKE_ONE = "make one with `headkv-mm heads MODEL --output FILE.json`"
-_MOST_BYTES = 1 << 26
+FORMAT = TableFormat("head table", 1, "make one with `headkv-mm heads MODEL --output FILE.json`")
 
 
 @dataclass(frozen=True)
@@ -90,13 +95,17 @@ class HeadTable:
 
 def save_head_table(table: HeadTable, path: str | os.PathLike[str]) -> None:
     """Write a table as JSON; the file appears whole or not at all."""
-    target = Path(path)
-    temporary = target.with_name(f".{target.name}.{os.getpid()}.tmp")
-    try:
-        temporary.write_text(_written(table), encoding="utf-8")
-        os.replace(temporary, target)
-    finally:
-        temporary.unlink(missing_ok=True)
+    fields = asdict(table)
+    scores = fields.pop("scores")
+    header = {
+        **FORMAT.header(),
+        "kind": fields.pop("kind"),
+        "fingerprint": fields.pop("fingerprint"),
+        "layers": table.layers,
+        "query_heads": table.query_heads,
+        **fields,
+    }
+    write_table(path, table_text(header, {"scores": list(scores)}))
 
 
 def load_head_table(path: str | os.PathLike[str]) -> HeadTable:
@@ -106,26 +115,7 @@ def load_head_table(path: str | os.PathLike[str]) -> HeadTable:
         ValueError: if the file is no head table, of another version, or damaged.
         FileNotFoundError: if there is none.
     """
-    name = os.fspath(path)
-    if not Path(path).is_file():
-        raise FileNotFoundError(f"{name}: there is no such head table; {_MAKE_ONE}")
-    if Path(path).stat().st_size > _MOST_BYTES:
-        raise ValueError(f"{name} is no head table: it is larger than any could be")
-    try:
-        content = json.loads(Path(path).read_text(encoding="utf-8"))
-    except (ValueError, RecursionError) as error:  # broken JSON or broken UTF-8
-        raise ValueError(f"{name} is no head table: {str(error).splitlines()[0]}; {_MAKE_ONE}") from None
-    if not isinstance(content, dict) or content.get("format") != FORMAT:
-        raise ValueError(f"{name} is no head table; {_MAKE_ONE}")
-    if content.get("version") != VERSION:
-        raise ValueError(
-            f"{name} has version {content.get('version')!r} of the format, and this package reads {VERSION}; "
-            f"{_MAKE_ONE}"
-        )
-    try:
-        return _read(content)
-    except (ValueError, TypeError, OverflowError) as error:  # the last one for whole numbers that no float holds
-        raise ValueError(f"{name} is damaged: {error}; {_MAKE_ONE}") from None
+    return read_table(path, FORMAT, _read)
 
 
 def check_head_table(table: HeadTable, model_or_config: Any) -> None:
@@ -139,17 +129,15 @@ def check_head_table(table: HeadTable, model_or_config: Any) -> None:
         ValueError: if the shape or the fingerprint differs.
     """
     found = (table.layers, table.query_heads, table.kv_heads)
-    wanted = _shape(_config(model_or_config), table.kv_heads)
+    wanted = _shape(text_config(model_or_config), table.kv_heads)
     if found != wanted:
         kinds = ("layers", "query heads", "KV heads")
         has = ", ".join(f"{number} {kind}" for number, kind in zip(found, kinds))
         needs = ", ".join(f"{number} {kind}" for number, kind in zip(wanted, kinds))
-        raise ValueError(f"the head table is of another model: it has {has}, and the model has {needs}; {_MAKE_ONE}")
-    if _is_model(model_or_config) and table.fingerprint != fingerprint(model_or_config):
         raise ValueError(
-            "the head table was measured on another model, or on other weights of it (its fingerprint is "
-            f"{table.fingerprint}, the model's {fingerprint(model_or_config)}); {_MAKE_ONE}"
+            f"the head table is of another model: it has {has}, and the model has {needs}; {FORMAT.make_one}"
         )
+    check_fingerprint(table.fingerprint, model_or_config, FORMAT)
 
 
 def head_table_for(model_or_config: Any, table: str | os.PathLike[str] | None = None) -> HeadTable:
@@ -168,14 +156,14 @@ def head_table_for(model_or_config: Any, table: str | os.PathLike[str] | None = 
         check_head_table(found, model_or_config)
         return found
     shipped = _shipped()
-    if shipped is not None and _is_model(model_or_config):
+    if shipped is not None and is_model(model_or_config):
         try:
             check_head_table(shipped, model_or_config)
         except ValueError:
             pass  # another model: there is no table for it yet
         else:
             return shipped
-    raise ValueError(f"there is no head table for this model; {_MAKE_ONE} and pass table='FILE.json'")
+    raise ValueError(f"there is no head table for this model; {FORMAT.make_one} and pass table='FILE.json'")
 
 
 def _shipped() -> HeadTable | None:
@@ -188,24 +176,6 @@ def _shipped() -> HeadTable | None:
         return None
 
 
-def _written(table: HeadTable) -> str:
-    """The table as JSON text, one layer per line."""
-    fields = asdict(table)
-    scores = fields.pop("scores")
-    head = {
-        "format": FORMAT,
-        "version": VERSION,
-        "kind": fields.pop("kind"),
-        "fingerprint": fields.pop("fingerprint"),
-        "layers": table.layers,
-        "query_heads": table.query_heads,
-        **fields,
-    }
-    lines = ",\n".join(f"  {json.dumps(row, allow_nan=False)}" for row in scores)
-    text = json.dumps(head, indent=1, ensure_ascii=False, allow_nan=False)
-    return f'{text.removesuffix(chr(10) + "}")},\n "scores": [\n{lines}\n ]\n}}\n'
-
-
 def _read(content: Mapping[str, Any]) -> HeadTable:
     """A table from what its file holds.
 
@@ -213,23 +183,16 @@ def _read(content: Mapping[str, Any]) -> HeadTable:
         ValueError: for what is missing or does not fit.
         TypeError: for a value of a wrong type.
     """
-    texts = {name: _typed(content, name, str) for name in ("kind", "fingerprint")}
+    texts = {name: typed(content, name, str) for name in ("kind", "fingerprint")}
     numbers = {
-        name: _typed(content, name, int) for name in ("layers", "query_heads", "kv_heads", "examples", "answered")
+        name: typed(content, name, int) for name in ("layers", "query_heads", "kv_heads", "examples", "answered")
     }
-    mappings = {name: _typed(content, name, dict) for name in ("settings", "versions")}
+    mappings = {name: typed(content, name, dict) for name in ("settings", "versions")}
     layers, query_heads = numbers.pop("layers"), numbers.pop("query_heads")
-    scores = tuple(_row(row) for row in _typed(content, "scores", list))
+    scores = tuple(_row(row) for row in typed(content, "scores", list))
     if len(scores) != layers or any(len(row) != query_heads for row in scores):
         raise ValueError(f"scores must have {layers} layers of {query_heads} query heads")
     return HeadTable(scores=scores, **texts, **numbers, **mappings)
-
-
-def _typed(content: Mapping[str, Any], name: str, kind: type) -> Any:
-    value = content.get(name)
-    if not isinstance(value, kind) or isinstance(value, bool):
-        raise TypeError(f"{name} must be of type {kind.__name__}, got {type(value).__name__}")
-    return value
 
 
 def _row(row: object) -> tuple[float, ...]:
@@ -240,19 +203,7 @@ def _row(row: object) -> tuple[float, ...]:
     return tuple(float(score) for score in row)
 
 
-def _is_model(model_or_config: Any) -> bool:
-    return isinstance(model_or_config, torch.nn.Module)
-
-
-def _config(model_or_config: Any) -> Any:
-    """The configuration of the text part."""
-    config = model_or_config.config if _is_model(model_or_config) else model_or_config
-    return config.get_text_config(decoder=True)
-
-
 def _shape(config: Any, kv_heads: int) -> tuple[int, int, int]:
     """Full-attention layers, query heads and KV heads; `kv_heads` if the configuration has no plain number of them."""
-    from transformers.cache_utils import DynamicCache, DynamicLayer
-
-    full = sum(type(layer) is DynamicLayer for layer in DynamicCache(config=config).layers)
-    return full, int(config.num_attention_heads), int(getattr(config, "num_key_value_heads", None) or kv_heads)
+    kv = int(getattr(config, "num_key_value_heads", None) or kv_heads)
+    return full_attention_layers(config), int(config.num_attention_heads), kv
