@@ -21,6 +21,7 @@ from .layer import HeadKVLayer
 from .memory import CacheReport
 from .model_pool import ModelPool
 from .plan import LayerPlace
+from .tensor_parallel import HeadShard
 
 
 class HeadKVCache(Cache):
@@ -69,6 +70,7 @@ class HeadKVCache(Cache):
             raise
         if pieces is not None:
             pieces = pieces.for_model(model_or_config)
+        shard = HeadShard.of(model_or_config)
         layers = DynamicCache(config=text_config).layers
         compressed = [type(layer) is DynamicLayer for layer in layers]
         if not any(compressed):
@@ -84,7 +86,7 @@ class HeadKVCache(Cache):
                     pieces,
                     self.compression.budget,
                     self.image_grid,
-                    LayerPlace(sum(compressed[:index]), sum(compressed)),
+                    LayerPlace(sum(compressed[:index]), sum(compressed), shard),
                 )
                 if compressed[index]
                 else layer

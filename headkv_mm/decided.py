@@ -20,7 +20,8 @@ class Decided:
     """One row's allocation.
 
     Attributes:
-        allocation: of one row, [1, G].
+        allocation: of one row, [1, G]; under tensor parallelism over the heads of all processes, so that it grows in
+            each as it would in one, and on the CPU.
         budget: entries per KV head, after the sinks, on the average over the model, for which it was made.
     """
 
@@ -28,11 +29,13 @@ class Decided:
     budget: int
 
     @classmethod
-    def of(cls, allocation: Allocation, row: int, budget: int) -> Decided:
+    def of(cls, allocation: Allocation, row: int, budget: int, *, on_host: bool = False) -> Decided:
         """Take one row, with tensors of its own."""
         tensors: dict[str, Any] = {
             name: tensor[row : row + 1].clone() for name, tensor in tensor_fields(allocation).items()
         }
+        if on_host:
+            tensors = {name: tensor.cpu() for name, tensor in tensors.items()}
         before = allocation.row_before
         return cls(
             replace(

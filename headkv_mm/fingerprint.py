@@ -7,6 +7,8 @@ import hashlib
 import json
 from typing import Any
 
+from torch import Tensor
+
 _CONFIG = (
     "model_type",
     "vocab_size",
@@ -24,7 +26,8 @@ _SAMPLED = 64
 def fingerprint(model: Any) -> str:
     """Hash the shape of a model and a sample of every weight, in float32.
 
-    Half-precision weights give the same fingerprint as their float32 copies; training a single step changes it.
+    Half-precision weights give the same fingerprint as their float32 copies; training a single step changes it. Of a
+    model that is divided among processes all of them must ask: every weight is put together for a moment.
 
     Args:
         model: a transformers model.
@@ -36,8 +39,14 @@ def fingerprint(model: Any) -> str:
     stated = {name: config.get(name) for name in _CONFIG}
     digest = hashlib.sha256(json.dumps(stated, sort_keys=True, default=str).encode())
     for name, weight in sorted(model.named_parameters()):
-        flat = weight.detach().flatten()
+        flat = _whole(weight.detach()).flatten()
         sample = flat[:: max(1, flat.numel() // _SAMPLED)][:_SAMPLED].float().cpu().contiguous()
         digest.update(f"{name} {tuple(weight.shape)}".encode())
         digest.update(sample.numpy().tobytes())
     return digest.hexdigest()[:16]
+
+
+def _whole(weight: Tensor) -> Tensor:
+    """A weight that may be divided among processes."""
+    gathered: Tensor = weight.full_tensor() if hasattr(weight, "full_tensor") else weight
+    return gathered

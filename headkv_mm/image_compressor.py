@@ -186,7 +186,9 @@ class ImageCompressor(LayerCompressor):
         )
         scores = self.pieces.scorer.score_entries(observed)
         grouping = self.allocation is None
-        allocation = self.allocation or self.pieces.allocator.allocate(observed, scores)
+        allocation = self.allocation or observed.shard.own(
+            self.pieces.allocator.allocate(observed, scores), self.kv_heads
+        )
         self.allocation = allocation
         victims = self.pieces.selector.victims(observed, allocation, scores)
         bound = max(self.row_condition) + allocation.largest

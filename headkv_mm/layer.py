@@ -302,7 +302,8 @@ class HeadKVLayer(CacheLayerMixin):
 
     def _start(self, keys: Tensor, values: Tensor, visible: Tensor | None, prompt: Prompt) -> None:
         """Hand the prompt to a compressor, or keep it as a stock layer if a budget in bytes turns out to hold all."""
-        batch, _, tokens, _ = keys.shape
+        batch, kv_heads, tokens, _ = keys.shape
+        self.place.shard.check(kv_heads)
         if visible is None:
             visible = torch.ones(batch, tokens, dtype=torch.bool, device=keys.device)
             row_prompt = [tokens] * batch
@@ -327,12 +328,13 @@ class HeadKVLayer(CacheLayerMixin):
             )
 
     def _divide_bytes(self, pieces: Pieces, keys: Tensor, query_heads: int, longest: int) -> None:
+        size = self.place.shard.size  # bytes are given for all processes together
         cost = storage_cost(
             pieces,
             layers=self.place.count,
             rows=keys.shape[0],
-            heads=query_heads,
-            kv_heads=keys.shape[1],
+            heads=query_heads * size,
+            kv_heads=keys.shape[1] * size,
             head_dim=keys.shape[-1],
             itemsize=keys.element_size(),
             condition=0 if self.grid is None else longest + self.grid.start,

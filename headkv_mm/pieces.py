@@ -18,6 +18,7 @@ from torch import Tensor
 
 from .plan import Plan
 from .ragged import RaggedKV
+from .tensor_parallel import HeadShard
 
 
 @dataclass(frozen=True)
@@ -56,6 +57,16 @@ class Observed:
     softcap: float = 0.0
     sinks: Tensor | None = None
 
+    @property
+    def shard(self) -> HeadShard:
+        """The heads that this process has; without tensor parallelism all."""
+        return self.plan.place.shard
+
+    @property
+    def heads(self) -> int:
+        """KV heads of the layer, those of other processes included."""
+        return self.store.kv_heads * self.shard.size
+
     def per_row(self, numbers: Sequence[int]) -> Tensor:
         """Host numbers, one per row, as [B, 1] int32 on the layer's device."""
         return torch.tensor(numbers, dtype=torch.int32, device=self.seen.device)[:, None]
@@ -76,7 +87,8 @@ class Allocation:
     """What each region keeps after every eviction, condition not counted.
 
     Attributes:
-        targets: [B, G] int32, entries kept.
+        targets: [B, G] int32, entries kept. An allocator gives those of all `Observed.heads` of the layer, of which
+            tensor parallelism leaves each process its own.
         windows: [B, G] int32, how many of them are the newest.
         row_totals: the sum of each row of `targets`, on the host.
         largest: an upper bound of `targets`, on the host.

@@ -4,15 +4,23 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+
+from .tensor_parallel import HeadShard
 
 
 @dataclass(frozen=True)
 class LayerPlace:
-    """Where a compressed layer stands in its model: `index` of `count` compressed layers."""
+    """Where a compressed layer stands in its model.
+
+    Attributes:
+        index, count: it is layer `index` of `count` compressed layers.
+        shard: the heads that this process has of it.
+    """
 
     index: int = 0
     count: int = 1
+    shard: HeadShard = field(default_factory=HeadShard)
 
 
 class Plan:

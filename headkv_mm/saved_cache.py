@@ -37,7 +37,8 @@ def save_cache(
         extra: JSON data to keep in the header.
 
     Raises:
-        ValueError: for an empty cache, an image's, one with stock layers of other kinds, or `extra` that is no JSON.
+        ValueError: for an empty cache, an image's, one with stock layers of other kinds, one of a model that is divided
+            among processes, or `extra` that is no JSON.
     """
     from safetensors.torch import save_file
 
@@ -46,6 +47,8 @@ def save_cache(
         raise ValueError("only the cache of a text can be saved; an image is finished when its cache is")
     if len(layers) != len(cache.layers):
         raise ValueError("this model has sliding or linear layers, whose stock caches cannot be saved here")
+    if any(layer.place.shard.size > 1 for layer in layers):
+        raise ValueError("a cache whose heads are divided among processes cannot be saved; fill it in one process")
     if not cache.get_seq_length():
         raise ValueError("the cache is empty; let the model read something into it first")
     states = [layer.state() for layer in layers]

@@ -4,6 +4,8 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -11,7 +13,7 @@ from torch import Tensor
 from . import kernels
 from .asked import Asked
 from .chunk import attend_chunk
-from .compressor import LayerCompressor
+from .compressor import LayerCompressor, tensor_fields
 from .decided import Decided
 from .model_pool import ModelPool
 from .pieces import Allocation, ModelAllocator, Observed
@@ -295,7 +297,7 @@ class TextCompressor(LayerCompressor):
             else:
                 allocation = self.pieces.allocator.allocate(observed, scores)
             for row in fresh:
-                self.decided[row] = Decided.of(allocation, row, budgets[row])
+                self.decided[row] = self._decided(allocation, row, budgets[row])
         if fresh or isinstance(plan.budget, float) or self.allocation is None:
             self.allocation = self._joined(budgets)
         return self.pieces.selector.victims(observed, self.allocation, scores)
@@ -340,7 +342,7 @@ class TextCompressor(LayerCompressor):
         """All layers have come: evict down to what was allocated to this one."""
         observed, scores = self.waiting()
         for row in self.fresh:
-            self.decided[row] = Decided.of(allocation, row, observed.row_budgets[row])
+            self.decided[row] = self._decided(allocation, row, observed.row_budgets[row])
         self.fresh = []
         self.allocation = self._joined(list(observed.row_budgets))
         self._make_room(
@@ -358,7 +360,7 @@ class TextCompressor(LayerCompressor):
                 keep = self.seen.new_full((1, self.kv_heads), budget)
                 rows.append(Allocation(keep, keep, [budget * self.kv_heads], budget))
             else:
-                rows.append(decided.grown(budget))
+                rows.append(self._own(decided.grown(budget)))
         local = [row.local for row in rows if row.local is not None]
         return Allocation(
             targets=torch.cat([row.targets for row in rows]),
@@ -367,6 +369,19 @@ class TextCompressor(LayerCompressor):
             largest=max(row.largest for row in rows),
             local=torch.cat(local) if len(local) == len(rows) else None,
         )
+
+    def _decided(self, allocation: Allocation, row: int, budget: int) -> Decided:
+        # On the host what this process's heads sum to is known without waiting for the device, see `_own`.
+        return Decided.of(allocation, row, budget, on_host=self.plan.place.shard.size > 1)
+
+    def _own(self, allocation: Allocation) -> Allocation:
+        """The part of this process's heads, on the layer's device."""
+        shard = self.plan.place.shard
+        if shard.size == 1:
+            return allocation
+        own = shard.own(allocation, self.kv_heads)
+        moved: dict[str, Any] = {name: tensor.to(self.seen.device) for name, tensor in tensor_fields(own).items()}
+        return replace(own, **moved)
 
     def _make_room(self, victims: Tensor | None, *, room: int) -> None:
         """Remove the victims, and give every region room for `room` more tokens."""

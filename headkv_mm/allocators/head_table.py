@@ -72,8 +72,8 @@ class HeadTableShares:
         Raises:
             ValueError: without scores, or for those of a model of another shape.
         """
-        plan, length, budgets = observed.plan, observed.store.length, observed.row_budgets
-        place, heads = plan.place, length.shape[1]
+        plan, heads, budgets = observed.plan, observed.heads, observed.row_budgets
+        place = plan.place
         if self.scores is None:
             raise ValueError("this allocator has no scores; a HeadKVCache takes them from the model's head table")
         if (len(self.scores), len(self.scores[0])) != (place.count, heads):
@@ -88,8 +88,8 @@ class HeadTableShares:
             rows.append([window + share for share in layers[place.index]])
             before.append(place.index * heads * window + sum(sum(layer) for layer in layers[: place.index]))
         return Allocation(
-            targets=torch.tensor(rows, dtype=torch.int32, device=length.device),
-            windows=observed.per_row(windows).expand_as(length).contiguous(),
+            targets=torch.tensor(rows, dtype=torch.int32, device=observed.seen.device),
+            windows=observed.per_row(windows).expand(-1, heads).contiguous(),
             row_totals=[sum(row) for row in rows],
             largest=max(max(row) for row in rows),
             row_before=before,

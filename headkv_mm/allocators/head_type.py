@@ -60,7 +60,7 @@ class HeadType:
 
     def allocate(self, observed: Observed, scores: Tensor) -> Allocation:
         """Label the heads of every row and divide the layer's budget."""
-        plan, heads = observed.plan, observed.store.kv_heads
+        plan, heads = observed.plan, observed.heads
         budgets = observed.row_budgets
         windows = plan.windows_of(budgets, tokens=self.window, rows=self.window_rows)
         narrow = plan.windows_of(budgets, tokens=self.local_window, rows=self.window_rows)  # of local heads
@@ -72,6 +72,7 @@ class HeadType:
             tau=self.tau,
             include_condition=self.include_condition,
         )
+        local = observed.shard.gather(local)  # [B, all heads]
         if self.share_labels:
             local = (local.float().mean(0, keepdim=True) > 0.5).expand_as(local)
         budget = observed.per_row(budgets)

@@ -70,7 +70,7 @@ class Pooled:
 
     def allocate(self, observed: Observed, scores: Tensor) -> Allocation:
         """Count the best of every row and divide its budget."""
-        plan, heads, budgets = observed.plan, observed.store.kv_heads, observed.row_budgets
+        plan, heads, budgets = observed.plan, observed.heads, observed.row_budgets
         windows = plan.windows_of(budgets, tokens=self.window, rows=self.window_rows)
         room = [
             max(plan.limit(seen) - window, budget - window, 1)
@@ -95,7 +95,7 @@ class Pooled:
     def divide(self, layers: Sequence[tuple[Observed, Tensor]]) -> list[Allocation]:
         """Count the best of every row over all layers and divide the model's budget."""
         first = layers[0][0]
-        heads, device = first.store.kv_heads, first.seen.device
+        heads, device = first.heads, first.seen.device
         windows = first.plan.windows_of(first.row_budgets, tokens=self.window, rows=self.window_rows)
         window, free = first.per_row(windows), first.per_row(first.row_budgets) - first.per_row(windows)
         parts = [_candidates(observed, scores, observed.per_row(windows)) for observed, scores in layers]
@@ -138,13 +138,14 @@ def _allocation(targets: Tensor, windows: Tensor, before: list[int] | None = Non
 
 
 def _candidates(observed: Observed, scores: Tensor, window: Tensor) -> tuple[Tensor, Tensor]:
-    """Which entries may be chosen, [B, G, M] bool newest first, and their scores."""
+    """Which entries may be chosen, [B, G, M] bool newest first, and their scores; of all heads of the layer."""
     store = observed.store
     slots, filled = store.slots_in_order()
     slots, filled = slots.flip(-1), filled.flip(-1)
     position = store.positions[slots]
     first, last = observed.condition[:, None, None], (observed.seen[:, None] - window)[..., None]
-    return filled & (position >= first) & (position < last), scores[slots].float()
+    candidates = filled & (position >= first) & (position < last)
+    return observed.shard.gather(candidates), observed.shard.gather(scores[slots].float())
 
 
 def best_of_row(values: Tensor, candidates: Tensor, count: Tensor) -> Tensor:

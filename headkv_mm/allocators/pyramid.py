@@ -40,8 +40,8 @@ class Pyramid:
 
     def allocate(self, observed: Observed, scores: Tensor) -> Allocation:
         """The layer's place in the pyramid."""
-        plan, length, budgets = observed.plan, observed.store.length, observed.row_budgets
-        place, heads = plan.place, length.shape[1]
+        plan, heads, budgets = observed.plan, observed.heads, observed.row_budgets
+        place = plan.place
         windows = plan.windows_of(budgets, tokens=self.window, rows=0.0)
         targets, before = [], []
         for budget, window, seen in zip(budgets, windows, observed.row_seen, strict=True):
@@ -49,8 +49,8 @@ class Pyramid:
             targets.append(window + layers[place.index])
             before.append(heads * (place.index * window + sum(layers[: place.index])))
         return Allocation(
-            targets=observed.per_row(targets).expand_as(length).contiguous(),
-            windows=observed.per_row(windows).expand_as(length).contiguous(),
+            targets=observed.per_row(targets).expand(-1, heads).contiguous(),
+            windows=observed.per_row(windows).expand(-1, heads).contiguous(),
             row_totals=[target * heads for target in targets],
             largest=max(targets),
             row_before=before,

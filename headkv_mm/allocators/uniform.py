@@ -33,12 +33,12 @@ class Uniform:
 
     def allocate(self, observed: Observed, scores: Tensor) -> Allocation:
         """Targets and windows, the same everywhere."""
-        length, budgets = observed.store.length, observed.row_budgets
+        heads, budgets = observed.heads, observed.row_budgets
         windows = observed.plan.windows_of(budgets, tokens=self.window, rows=self.window_rows)
         return Allocation(
-            targets=observed.per_row(budgets).expand_as(length).contiguous(),
-            windows=observed.per_row(windows).expand_as(length).contiguous(),
-            row_totals=[budget * length.shape[1] for budget in budgets],
+            targets=observed.per_row(budgets).expand(-1, heads).contiguous(),
+            windows=observed.per_row(windows).expand(-1, heads).contiguous(),
+            row_totals=[budget * heads for budget in budgets],
             largest=max(budgets),
         )
 

@@ -152,6 +152,7 @@ def mean_over_heads(scores: Tensor, observed: Observed) -> Tensor:
     count = torch.zeros_like(total)
     total.index_add_(0, place, torch.where(held, scores.float(), 0.0))
     count.index_add_(0, place, torch.ones_like(scores, dtype=torch.float32))
+    total, count = observed.shard.sum(torch.stack([total, count]))
     return (total / count.clamp(min=1))[place]
 
 

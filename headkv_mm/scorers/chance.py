@@ -37,7 +37,8 @@ class Random(Scorer):
         """Scores [N] float32 in [0, 1)."""
         store = observed.store
         slots, filled = region_slots(store)  # [B, G, M]
-        heads = torch.arange(store.kv_heads, device=slots.device)[:, None]  # [G, 1]
+        first = observed.shard.rank * store.kv_heads
+        heads = torch.arange(first, first + store.kv_heads, device=slots.device)[:, None]  # [G, 1]
         key = torch.full_like(heads, self.seed & _LOW)
         for number in (torch.full_like(heads, observed.plan.place.index), heads, store.positions[slots].clamp(min=0)):
             key = _mixed(key ^ _mixed(number.long() + 1))
