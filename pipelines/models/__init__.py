@@ -6,12 +6,16 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from headkv_mm.pipelines.models.base import ImageModelAdapter
+from headkv_mm.pipelines.models.emu3 import Emu3Adapter
 from headkv_mm.pipelines.models.llamagen import LlamaGenAdapter
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel
 
-_ADAPTERS: list[type[ImageModelAdapter]] = [LlamaGenAdapter]
+_ADAPTERS: list[type[ImageModelAdapter]] = [
+    LlamaGenAdapter,
+    Emu3Adapter,
+]
 
 __all__ = ["adapter_class_for", "adapter_for", "architectures", "register_adapter"]
 
