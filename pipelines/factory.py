@@ -80,8 +80,9 @@ def _text_to_image(model: Any, kv: KVArguments, arguments: dict[str, Any]) -> Pi
     as_saved = _is_as_saved(model, arguments)
     if isinstance(model, str | os.PathLike):
         folder = os.fspath(model)
-        model = load_image_model(folder, **_loading(arguments))
-        _add_processing(folder, adapter_class_for(model.config).needs_processor, arguments)
+        loading = _loading(arguments)
+        model = load_image_model(folder, **loading)
+        _add_processing(folder, adapter_class_for(model.config).needs_processor, arguments, _hub(loading))
     arguments.setdefault("pipeline_class", TextToImagePipeline)
     return _assemble(TASK, model, kv, arguments, widen=as_saved)
 
@@ -101,8 +102,7 @@ def _text(task: str, model: Any, kv: KVArguments, arguments: dict[str, Any]) -> 
         folder, loading = os.fspath(model), _loading(arguments)
         model = load_text_model(folder, **loading)
         if arguments.get("tokenizer") is None:
-            hub = {name: loading[name] for name in ("revision", "token", "trust_remote_code") if name in loading}
-            arguments["tokenizer"] = load_tokenizer(folder, **hub)
+            arguments["tokenizer"] = load_tokenizer(folder, **_hub(loading))
     pipeline_class: type[Pipeline]
     if task == TEXT_GENERATION:
         from headkv_mm.pipelines.text_generation import KVTextGenerationPipeline as pipeline_class
@@ -125,6 +125,11 @@ def _loading(arguments: dict[str, Any]) -> dict[str, Any]:
     return loading
 
 
+def _hub(loading: dict[str, Any]) -> dict[str, Any]:
+    """What of it says where on the hub things lie."""
+    return {name: loading[name] for name in ("revision", "token", "trust_remote_code") if name in loading}
+
+
 def _assemble(task: str, model: Any, kv: KVArguments, arguments: dict[str, Any], *, widen: bool) -> Pipeline:
     """The pipeline around a loaded model; `widen` makes half precision float32 on the CPU."""
     import torch
@@ -141,14 +146,17 @@ def _assemble(task: str, model: Any, kv: KVArguments, arguments: dict[str, Any],
     return pipe
 
 
-def _add_processing(folder: str, needs_processor: bool, arguments: dict[str, Any]) -> None:
-    """Name the model's folder as the place of its tokenizer or processor, unless the user gave one."""
+def _add_processing(folder: str, needs_processor: bool, arguments: dict[str, Any], hub: dict[str, Any]) -> None:
+    """Load the tokenizer or the processor of the model's folder, unless the user gave one."""
     if needs_processor:
-        arguments.setdefault("processor", folder)
+        if arguments.get("processor") is None and arguments.get("tokenizer") is None:
+            from headkv_mm.pipelines.loading import load_processor
+
+            arguments["processor"] = load_processor(folder, **hub)
     elif "tokenizer" not in arguments:
         from transformers import AutoTokenizer
 
         try:
-            arguments["tokenizer"] = AutoTokenizer.from_pretrained(folder)
+            arguments["tokenizer"] = AutoTokenizer.from_pretrained(folder, **hub)
         except (OSError, ValueError, KeyError):
             return  # the adapter knows the tokenizer, or says what is missing

@@ -8,7 +8,7 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase, ProcessorMixin
 
 
 def load_image_model(folder: str | os.PathLike[str], **load_arguments: Any) -> PreTrainedModel:
@@ -77,6 +77,29 @@ def load_tokenizer(folder: str | os.PathLike[str], **hub: Any) -> PreTrainedToke
             f"{name} has no tokenizer that can be read ({first_line(error)}): put its tokenizer.json there, or pass "
             "tokenizer=..."
         ) from error
+
+
+def load_processor(folder: str | os.PathLike[str], **hub: Any) -> ProcessorMixin:
+    """Load the processor (tokenizer and image processor in one) of a model's folder.
+
+    Args:
+        folder: a transformers folder, or the name of a model on the hub.
+        **hub: revision, token and trust_remote_code.
+
+    Raises:
+        ValueError: if there is none, or it cannot be read.
+    """
+    from transformers import AutoProcessor, ProcessorMixin
+
+    name = os.fspath(folder)
+    advice = "put there what the processor's save_pretrained writes (tokenizer.json among it), or pass processor=..."
+    try:
+        processor = AutoProcessor.from_pretrained(name, **hub)
+    except Exception as error:  # the tokenizers library raises plain Exception for a broken file
+        raise ValueError(f"{name} has no processor that can be read ({first_line(error)}): {advice}") from error
+    if not isinstance(processor, ProcessorMixin):  # transformers falls back to the tokenizer alone
+        raise ValueError(f"{name} has a {type(processor).__name__} but no processor: {advice}")
+    return processor
 
 
 def _load(

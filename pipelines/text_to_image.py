@@ -60,7 +60,7 @@ class TextToImagePipeline(Pipeline):
         num_images: images per prompt, 1 by default.
         batch_size: images that are generated together; by default all images of one prompt.
         seed: seed of a prompt's first image; image j has `seed + j`, whatever else is in the batch. Or a list with
-            one seed per image. By default drawn from torch's global generator.
+            one seed per image, of a prompt or of all prompts together. By default drawn from torch's global generator.
         kv_compression: name of a method, a dict, or a `Compression`; "none" or None for the full cache.
         kv_budget: share of the image's entries kept per KV head (0 to 1), entries per KV head (int), or bytes
             ("512MiB"). The prompt is always kept and comes on top.
@@ -113,7 +113,7 @@ class TextToImagePipeline(Pipeline):
         if args:
             raise TypeError(f"pass everything but the prompt by name, got {len(args) + 1} positional arguments")
         parameters = {**self._forward_params, **self._sanitize_parameters(**kwargs)[1]}
-        self._check(parameters)
+        self._check(parameters, prompts=len(inputs) if isinstance(inputs, (list, tuple)) else 1)
         size = self._batch_size if batch_size is None else batch_size
         if size is not None and (isinstance(size, bool) or not isinstance(size, int) or size < 1):
             raise ValueError(f"batch_size must be a positive integer (images generated together), got {size!r}")
@@ -141,6 +141,17 @@ class TextToImagePipeline(Pipeline):
             ValueError: for an empty prompt, or one that the model cannot read.
         """
         return [self._prompt(prompt) for prompt in prompts]
+
+    def settings(self) -> dict[str, Any]:
+        """What decides about the tokens of an image beside model, prompt and seed, as plain values."""
+        parameters = self._forward_params
+        compression = parameters.get("kv", KVArguments()).resolve().resolve()
+        return {
+            "kv_compression": compression.to_dict() if compression.compresses else None,
+            "sampling": self._adapter.effective_sampling(parameters.get("sampling", Sampling())).to_dict(),
+            "negative_prompt": parameters.get("negative_prompt"),
+            "image_grid": [self.image_grid.height, self.image_grid.width],
+        }
 
     def _sanitize_parameters(self, **parameters: Any) -> tuple[dict[str, Any], dict[str, Any], dict[str, Any]]:
         unknown = sorted(set(parameters) - {*_KV, *_SAMPLING, *_OTHER, *_IGNORED})
@@ -220,19 +231,19 @@ class TextToImagePipeline(Pipeline):
             raise ValueError("the prompt is empty: say what to draw")
         return self._adapter.check_prompt(prompt)
 
-    def _check(self, parameters: dict[str, Any]) -> None:
-        """Check what only fits together with the model and with the other arguments.
+    def _check(self, parameters: dict[str, Any], prompts: int = 1) -> None:
+        """Check what only fits together with the model, the number of prompts and the other arguments.
 
         Raises:
             ValueError: in one line.
         """
-        image_seeds(parameters.get("seed"), parameters.get("num_images", 1))
+        image_seeds(parameters.get("seed"), parameters.get("num_images", 1), prompts=prompts)
         grid = self._grid(parameters)
         compression = parameters.get("kv", KVArguments()).resolve()
         if compression.resolve().compresses:
             plan_memory(self.model, compression, image_grid=grid)  # refuses a budget that is too small
         negative = parameters.get("negative_prompt")
-        sampling = self._adapter.effective_sampling(parameters.get("sampling", Sampling()))
+        sampling = self._adapter.sampling_for(parameters.get("sampling", Sampling()), grid)
         if negative is not None:
             if sampling.guidance_scale == 1:
                 raise ValueError("negative_prompt has no effect without guidance: set guidance_scale above 1")
@@ -246,7 +257,7 @@ class TextToImagePipeline(Pipeline):
         jobs = (
             _Job(index, prompt, seed)
             for index, prompt in enumerate(prompts)
-            for seed in image_seeds(parameters.get("seed"), count)
+            for seed in image_seeds(parameters.get("seed"), count, index=index, prompts=total)
         )
         waiting: list[_Made] = []
         grid = self._grid(parameters)
@@ -269,7 +280,7 @@ class TextToImagePipeline(Pipeline):
         made = self.forward(
             encoded,
             compression=parameters.get("kv", KVArguments()).resolve(),
-            sampling=self._adapter.effective_sampling(parameters.get("sampling", Sampling())),
+            sampling=self._adapter.sampling_for(parameters.get("sampling", Sampling()), self._grid(parameters)),
             seeds=[job.seed for job in jobs],
             keep_tokens=bool(parameters.get("keep_tokens", False)),
             on_token=on_token,

@@ -61,6 +61,15 @@ class Sampling:
         """These settings, with `defaults` where they say nothing."""
         return replace(self, **{name: value for name, value in defaults.items() if getattr(self, name) is None})
 
+    def completed(self, generation_config: Any, **defaults: Any) -> Sampling:
+        """These settings; where they say nothing what a model's generation config says; else `defaults`.
+
+        Without `defaults`: no guidance, and tokens drawn from the whole distribution.
+        """
+        plain = {"guidance_scale": 1.0, "do_sample": True, "temperature": 1.0, "top_k": 0, "top_p": 1.0, **defaults}
+        own = {name: value for name in plain if (value := getattr(generation_config, name, None)) is not None}
+        return self.with_defaults(**{**plain, **own})
+
     def to_dict(self) -> dict[str, Any]:
         """The settings as plain numbers."""
         return asdict(self)
@@ -189,6 +198,20 @@ class ImageModelAdapter(ABC):
             prompts: what the tokens were made from.
             seeds: one per image, for decoders that draw random numbers.
         """
+
+    def sampling_for(self, sampling: Sampling, grid: ImageGrid) -> Sampling:
+        """`effective_sampling`, for models whose defaults depend on the grid that is drawn."""
+        return self.effective_sampling(sampling)
+
+    def new_cache(self, compression: Compression, grid: ImageGrid) -> Any:
+        """An empty cache for one run: a compressed one, or transformers' own where nothing is compressed."""
+        if compression.resolve().compresses:
+            from headkv_mm.cache import HeadKVCache
+
+            return HeadKVCache(self.model, compression, image_grid=grid)
+        from transformers import DynamicCache
+
+        return DynamicCache(config=self.model.config.get_text_config(decoder=True))
 
     def check_grid(self, grid: ImageGrid) -> ImageGrid:
         """The grid to draw when the user asks for `grid`; its height and width are what counts.

@@ -69,11 +69,7 @@ class LlamaGenAdapter(ImageModelAdapter):
 
     def effective_sampling(self, sampling: Sampling) -> Sampling:
         """`sampling`, then the model's generation config, then no guidance and plain sampling."""
-        config = self.model.generation_config
-        names = ("guidance_scale", "do_sample", "temperature", "top_k", "top_p")
-        own = {name: value for name in names if (value := getattr(config, name, None)) is not None}
-        plain = {"guidance_scale": 1.0, "do_sample": True, "temperature": 1.0, "top_k": 0, "top_p": 1.0}
-        return sampling.with_defaults(**{**plain, **own})
+        return sampling.completed(self.model.generation_config)
 
     def encode(
         self, prompts: Sequence[str], negative_prompt: str | None = None, grid: ImageGrid | None = None
