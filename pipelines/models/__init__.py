@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from headkv_mm.pipelines.models.base import ImageModelAdapter
 from headkv_mm.pipelines.models.emu3 import Emu3Adapter
+from headkv_mm.pipelines.models.janus import JanusAdapter
 from headkv_mm.pipelines.models.llamagen import LlamaGenAdapter
 
 if TYPE_CHECKING:
@@ -14,6 +15,7 @@ if TYPE_CHECKING:
 
 _ADAPTERS: list[type[ImageModelAdapter]] = [
     LlamaGenAdapter,
+    JanusAdapter,
     Emu3Adapter,
 ]
 

@@ -16,6 +16,7 @@ if TYPE_CHECKING:
 
     from headkv_mm.compression import Compression
     from headkv_mm.image_grid import ImageGrid
+    from headkv_mm.image_sampling import TokenDrawer
 
 
 @dataclass(frozen=True)
@@ -69,6 +70,13 @@ class Sampling:
         plain = {"guidance_scale": 1.0, "do_sample": True, "temperature": 1.0, "top_k": 0, "top_p": 1.0, **defaults}
         own = {name: value for name in plain if (value := getattr(generation_config, name, None)) is not None}
         return self.with_defaults(**{**plain, **own})
+
+    def drawer(self, seeds: Sequence[int], steps: int) -> TokenDrawer:
+        """What draws the tokens of one run with these settings, which must be complete."""
+        from headkv_mm.image_sampling import TokenDrawer
+
+        names = ("do_sample", "temperature", "top_k", "top_p")
+        return TokenDrawer(seeds, steps, **{name: getattr(self, name) for name in names})
 
     def to_dict(self) -> dict[str, Any]:
         """The settings as plain numbers."""

@@ -1,0 +1,98 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Tiny random image models of other people's architectures, with tokenizers of one token per character."""
+
+from __future__ import annotations
+
+import string
+from typing import Any
+
+import torch
+from tokenizers import Regex, Tokenizer, models, pre_tokenizers, processors
+from transformers import PreTrainedTokenizerFast
+
+
+def letters(words: tuple[str, ...], **named: str) -> PreTrainedTokenizerFast:
+    """A tokenizer of characters; `words` and `named` become special tokens. It writes <s> first."""
+    vocabulary = {
+        word: index
+        for index, word in enumerate(["<pad>", "<s>", "</s>", "<unk>", *words, *named.values(), *string.printable])
+    }
+    backend = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
+    backend.pre_tokenizer = pre_tokenizers.Split(Regex(r"[\s\S]"), "isolated")
+    backend.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 1)])
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=backend,
+        pad_token="<pad>",
+        bos_token="<s>",
+        eos_token="</s>",
+        unk_token="<unk>",
+        padding_side="left",
+        extra_special_tokens=named,
+    )
+    tokenizer.add_tokens(list(words), special_tokens=True)
+    return tokenizer
+
+
+def sharpen(model: torch.nn.Module, seed: int = 0, std: float = 0.3) -> None:
+    """Weights wide enough that tokens depend on the prompt and on what the cache holds."""
+    torch.manual_seed(seed)
+    for name, parameter in model.named_parameters():
+        if parameter.dim() >= 2 and "norm" not in name:
+            torch.nn.init.normal_(parameter, std=std)
+
+
+def janus(grid: int = 6, codes: int = 32) -> tuple[Any, Any]:
+    """Model and processor; images of grid x grid tokens."""
+    from transformers import JanusConfig, JanusForConditionalGeneration, JanusImageProcessor, JanusProcessor
+
+    tokenizer = letters((), image_token="<image>", boi_token="<boi>", eoi_token="<eoi>")
+    config = JanusConfig(
+        text_config={
+            "model_type": "llama",
+            "vocab_size": len(tokenizer),
+            "hidden_size": 32,
+            "intermediate_size": 48,
+            "num_hidden_layers": 2,
+            "num_attention_heads": 4,
+            "num_key_value_heads": 2,
+            "max_position_embeddings": 256,
+            "pad_token_id": 0,
+            "bos_token_id": 1,
+            "eos_token_id": 2,
+        },
+        vision_config={
+            "hidden_size": 32,
+            "num_hidden_layers": 1,
+            "num_attention_heads": 2,
+            "image_size": grid * 4,
+            "patch_size": 4,
+            "projection_dim": 32,
+            "num_image_tokens": grid * grid,
+            "mlp_ratio": 2.0,
+        },
+        vq_config={
+            "embed_dim": 8,
+            "num_embeddings": codes,
+            "latent_channels": 32,
+            "base_channels": 32,
+            "channel_multiplier": [1, 1],
+            "num_res_blocks": 1,
+            "num_patches": grid,
+            "projection_dim": 32,
+            "image_token_embed_dim": 32,
+            "num_hidden_layers": 2,
+        },
+        image_token_id=tokenizer.convert_tokens_to_ids("<image>"),
+    )
+    model = JanusForConditionalGeneration(config).eval()
+    sharpen(model.model.language_model)
+    sharpen(model.model.generation_head, std=1.0)
+    sharpen(model.model.generation_embeddings, std=1.0)
+    sharpen(model.model.generation_aligner, std=0.5)
+    settings = model.generation_config
+    settings.pad_token_id, settings.bos_token_id, settings.eos_token_id = 0, 1, 2
+    settings.generation_kwargs = {"boi_token_id": tokenizer.convert_tokens_to_ids("<boi>")}
+    settings.guidance_scale = 3.0
+    sizes = {"height": grid * 4, "width": grid * 4}
+    image_processor = JanusImageProcessor(size=sizes, do_resize=True, min_size=4)
+    return model, JanusProcessor(image_processor, tokenizer, num_image_tokens=grid * grid)
