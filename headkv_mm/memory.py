@@ -129,13 +129,15 @@ def storage_cost(
     per_region = 3 * 4 + allocations * (2 * 4 + 1)  # start, length, capacity; targets, windows, types
     if scorer.attention_window(_LONG_PLAN) > 0:
         per_slot += 4
+    if pieces.selector.remembers:
+        per_slot += 4
     if scorer.needs_mean_query:
         per_row += heads * head_dim * 4
     return StorageCost(
         per_entry=layers * rows * kv_heads * per_slot,
         fixed=layers * rows * (per_row + kv_heads * per_region),
         condition=condition,
-        queries=scorer.queries_needed(_LONG_PLAN, decoding=True),
+        queries=max(piece.queries_needed(_LONG_PLAN, decoding=True) for piece in (scorer, pieces.selector)),
         per_query=layers * rows * heads * head_dim * itemsize,
     )
 
@@ -151,12 +153,15 @@ class MemoryPlan:
         nbytes_full: bytes of a stock cache at the end.
         bookkeeping: bytes of everything else that the cache holds: positions, scores, lengths, waiting queries (under
             5 % of `nbytes` for common sizes).
+        nbytes_peak: the most that the cache ever holds, bookkeeping included: methods that keep the first rows of an
+            image whole, to learn from them, may hold more then than at the end.
     """
 
     entries_per_head: int
     nbytes: int
     nbytes_full: int
-    bookkeeping: int = 0
+    bookkeeping: int
+    nbytes_peak: int
 
     @property
     def ratio(self) -> float:
@@ -206,7 +211,7 @@ def plan_memory(
     per_entry = 2 * rows * text.num_hidden_layers * kv_heads * head_dim * itemsize
     first = 0 if grid is None else condition + grid.start
     entries = full = first + (tokens or 0 if grid is None else grid.tokens)
-    held = per_entry * full
+    held = peak = per_entry * full
     pieces = parsed.pieces("text" if grid is None else "image")
     if pieces is not None:
         cost = storage_cost(
@@ -225,14 +230,22 @@ def plan_memory(
             whole = text_plan(parsed.budget, interval=interval, cost=cost)
             if not whole.keeps_all:
                 entries = min(whole.entries(full) + whole.step, full)
-                held = cost.of(entries - whole.step, whole.step)
+                held = peak = cost.of(entries - whole.step, whole.step)
         else:
             plan = image_plan(parsed.budget, grid, cost)
             if not plan.keeps_all:
                 entries = first + plan.budget + plan.row
                 held = cost.of(plan.budget, plan.row)
+                peak = max(held, _before_first_eviction(pieces, plan, cost))
     nbytes = per_entry * entries
-    return MemoryPlan(entries, nbytes, per_entry * full, held - nbytes)
+    return MemoryPlan(entries, nbytes, per_entry * full, held - nbytes, peak)
+
+
+def _before_first_eviction(pieces: Pieces, plan: ImagePlan, cost: StorageCost) -> int:
+    """Bytes when everything is still there, and the queries that the first decision wants."""
+    queries = max(pieces.allocator.queries_needed(plan), min(cost.queries, plan.row))
+    entries = cost.condition + pieces.schedule.first(plan)
+    return cost.fixed + queries * cost.per_query + entries * cost.per_entry
 
 
 def _plain(value: Any) -> Any:

@@ -104,18 +104,18 @@ class Workload:
             dtype=self.dtype,
         )
 
-    def activations(self, batch: int, *, compressed: bool, full: int) -> int:
+    def activations(self, batch: int, plan: MemoryPlan) -> int:
         """Estimate of what a forward needs beside weights and cache.
 
         The widest point of one block, its attention or its feed-forward part, for a prompt chunk; scores over the
         vocabulary in the cache's dtype and twice in float32; and one layer's keys and values once more: the dense
-        prompt that a compressed layer chooses from, or the tensor that a growing stock cache copies into. Attention
-        scores of a prompt are not counted: fused attention does not hold them. Nor is the picture decoder.
+        prompt that a layer chooses from, a layer that is copied into other regions, or the tensor that a growing stock
+        cache copies into. Attention scores of a prompt are not counted: fused attention does not hold them. Nor is the
+        picture decoder.
 
         Args:
             batch: images or texts.
-            compressed: whether the cache is.
-            full: bytes of a stock cache at the end.
+            plan: of the cache for that batch.
         """
         text = self.config.get_text_config(decoder=True)
         rows, item = self.rows(batch), self.dtype.itemsize
@@ -126,11 +126,10 @@ class Workload:
         forward = 2 * hidden + 3 * inner  # residual, normed; gate, up, product
         block = rows * self.chunk * (max(attention, forward) * item + hidden * 4)
         scores = rows * text.vocab_size * (item + 2 * 4)
-        columns = self.condition + self.image_grid.tokens if self.image_grid is not None else (self.tokens or 1)
-        layer = full // text.num_hidden_layers
-        prompt = self.condition if self.image_grid is not None else columns
-        copied = layer * prompt // columns if compressed else layer // 2
-        return int(block + scores + copied)
+        read = self.condition if self.image_grid is not None else (self.tokens or 0)
+        written = self.image_grid.tokens + self.image_grid.start if self.image_grid is not None else 0
+        dense = plan.nbytes_full * read // max(read + written, 1)
+        return int(block + scores + max(dense, plan.nbytes_peak) // text.num_hidden_layers)
 
 
 @dataclass(frozen=True)
@@ -140,22 +139,22 @@ class MemoryNeed:
     Attributes:
         batch: images or texts.
         weights, activations: see `Workload`; activations are an estimate.
-        keys_values: bytes of keys and values at the most.
-        bookkeeping: the rest of the cache.
-        keys_values_full: bytes of a stock cache.
+        cache: the most that the cache ever holds, bookkeeping included.
+        cache_end: what it holds at the end.
+        cache_full: bytes of a stock cache at the end.
     """
 
     batch: int
     weights: int
     activations: int
-    keys_values: int
-    bookkeeping: int
-    keys_values_full: int
+    cache: int
+    cache_end: int
+    cache_full: int
 
     @property
     def total(self) -> int:
         """Everything."""
-        return self.weights + self.activations + self.keys_values + self.bookkeeping
+        return self.weights + self.activations + self.cache
 
 
 def memory_needed(
@@ -168,5 +167,11 @@ def memory_needed(
     """
     parsed = Compression.parse(compression, budget=budget)
     plan = workload.cache(parsed, None, batch)
-    activations = workload.activations(batch, compressed=parsed.resolve().compresses, full=plan.nbytes_full)
-    return MemoryNeed(batch, workload.weights, activations, plan.nbytes, plan.bookkeeping, plan.nbytes_full)
+    return MemoryNeed(
+        batch=batch,
+        weights=workload.weights,
+        activations=workload.activations(batch, plan),
+        cache=plan.nbytes_peak,
+        cache_end=plan.nbytes + plan.bookkeeping,
+        cache_full=plan.nbytes_full,
+    )
