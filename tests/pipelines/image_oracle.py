@@ -72,7 +72,7 @@ def tracing(model: PreTrainedModel, head: nn.Module, *, again: Trace | None = No
         for hook in (
             backbone.register_forward_pre_hook(before, with_kwargs=True),
             backbone.rotary_emb.register_forward_pre_hook(rotate, with_kwargs=True),
-            head.register_forward_hook(lambda module, args, output: trace.logits.append(output[:, -1].clone())),
+            head.register_forward_hook(lambda module, args, output: trace.logits.append(_of_last(output).clone())),
         ):
             stack.callback(hook.remove)
         stack.enter_context(mock.patch.object(TokenDrawer, "__call__", draw))
@@ -131,3 +131,8 @@ def largest_difference(ours: Trace, theirs: Trace) -> float:
 def _seen(layer: Any, kept: list[list[Tensor]]) -> list[int]:
     """Tokens that each row has seen, padding not counted."""
     return [max(int(head.max()) for head in heads) + 1 for heads in kept]
+
+
+def _of_last(output: Tensor) -> Tensor:
+    """[B, V] of [B, T, V], or of [B, V] where the model has taken the last token already."""
+    return output[:, -1] if output.dim() == 3 else output

@@ -3,33 +3,20 @@
 
 from __future__ import annotations
 
-import string
 from typing import Any
 
 import torch
-from tokenizers import Regex, Tokenizer, models, pre_tokenizers, processors
-from transformers import PreTrainedTokenizerFast
+from tokenizers import processors
+
+from .characters import character_tokenizer
 
 
-def letters(words: tuple[str, ...], **named: str) -> PreTrainedTokenizerFast:
-    """A tokenizer of characters; `words` and `named` become special tokens. It writes <s> first."""
-    vocabulary = {
-        word: index
-        for index, word in enumerate(["<pad>", "<s>", "</s>", "<unk>", *words, *named.values(), *string.printable])
-    }
-    backend = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
-    backend.pre_tokenizer = pre_tokenizers.Split(Regex(r"[\s\S]"), "isolated")
-    backend.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 1)])
-    tokenizer = PreTrainedTokenizerFast(
-        tokenizer_object=backend,
-        pad_token="<pad>",
-        bos_token="<s>",
-        eos_token="</s>",
-        unk_token="<unk>",
-        padding_side="left",
-        extra_special_tokens=named,
+def letters(special: dict[str, str], first: tuple[str, ...] = (), last: tuple[str, ...] = ()) -> Any:
+    """A tokenizer of characters that writes <s> first, as those of the published models do."""
+    tokenizer = character_tokenizer(special, first, last)
+    tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(
+        single="<s> $A", special_tokens=[("<s>", tokenizer.bos_token_id)]
     )
-    tokenizer.add_tokens(list(words), special_tokens=True)
     return tokenizer
 
 
@@ -45,7 +32,7 @@ def janus(grid: int = 6, codes: int = 32) -> tuple[Any, Any]:
     """Model and processor; images of grid x grid tokens."""
     from transformers import JanusConfig, JanusForConditionalGeneration, JanusImageProcessor, JanusProcessor
 
-    tokenizer = letters((), image_token="<image>", boi_token="<boi>", eoi_token="<eoi>")
+    tokenizer = letters({"image_token": "<image>", "boi_token": "<boi>", "eoi_token": "<eoi>"})
     config = JanusConfig(
         text_config={
             "model_type": "llama",
