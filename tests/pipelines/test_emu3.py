@@ -282,7 +282,7 @@ def test_the_caches_are_what_was_asked_for(pipe: Any) -> None:
             adapter.encode([SHORT], grid=pipe.image_grid),
             sampling=adapter.effective_sampling(Sampling()),
             seeds=[0],
-            compression=headkv_mm.Compression(compression),
+            compression=headkv_mm.Compression(compression, budget=0.5),
             on_token=on_token,
         )
         assert [type(cache) for cache in made.caches] == [kind, kind]
