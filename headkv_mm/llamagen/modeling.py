@@ -16,6 +16,7 @@ from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutpu
 from headkv_mm.llamagen.configuration import LlamaGenConfig
 from headkv_mm.llamagen.generation import ImageGenerationMixin
 from headkv_mm.llamagen.positions import AxialRotaryEmbedding, LearnedPositions
+from headkv_mm.llamagen.text_features import TextProjection
 
 
 class PatchDecoder(nn.Module):
@@ -51,11 +52,15 @@ class LlamaGenPreTrainedModel(PreTrainedModel):
     _supports_flash_attn = True
     _supports_flex_attn = True
     _supports_attention_backend = True
+    # The decoder overflows in float16, and its share of the time is small.
+    _keep_in_fp32_modules_strict: ClassVar[list[str]] = ["vq_model"]
 
     def _init_weights(self, module: nn.Module) -> None:
         super()._init_weights(module)
         if isinstance(module, PatchDecoder) and not getattr(module.codebook, "_is_hf_initialized", False):
             module.codebook.zero_()
+        if isinstance(module, TextProjection) and not getattr(module.null_features, "_is_hf_initialized", False):
+            module.null_features.normal_(std=self.config.get_text_config().initializer_range)
 
 
 class LlamaGenModel(LlamaGenPreTrainedModel):
@@ -117,13 +122,15 @@ class LlamaGenForConditionalGeneration(LlamaGenPreTrainedModel, ImageGenerationM
     """
 
     def __init__(self, config: LlamaGenConfig) -> None:
-        """Build backbone, head over the image codes and, if the config has a patch size, the pixel codebook."""
+        """Build backbone, head over the image codes and, if the config has them, text projection and decoder."""
         super().__init__(config)
         self.model = LlamaGenModel(config)
         self.lm_head = nn.Linear(config.get_text_config().hidden_size, config.codebook_size, bias=False)
         self.patch_decoder = (
             PatchDecoder(config.codebook_size, config.patch_size) if config.patch_size is not None else None
         )
+        self.text_projection = TextProjection(config) if config.conditioning == "text" else None
+        self.vq_model = _vq_decoder(config.vq_config)
         self.post_init()
 
     def get_input_embeddings(self) -> nn.Module:
@@ -222,14 +229,16 @@ class LlamaGenForConditionalGeneration(LlamaGenPreTrainedModel, ImageGenerationM
             image_tokens: integers [B, image_height * image_width], raster order.
 
         Returns:
-            uint8 [B, image_height * patch_size, image_width * patch_size, 3] RGB.
+            uint8 [B, image_height * s, image_width * s, 3] RGB, where s is `patch_size`, or 2 to the number of times
+            that the VQ decoder doubles its grid.
 
         Raises:
-            ValueError: if the model has no pixel codebook, or for a wrong shape or code.
+            ValueError: if the model has no decoder, or for a wrong shape or code.
         """
-        if self.patch_decoder is None:
+        if self.patch_decoder is None and self.vq_model is None:
             raise ValueError(
-                "this model has no pixel codebook (config.patch_size is None): decode its tokens elsewhere"
+                "this model has no pixel codebook and no VQ decoder (config.patch_size and config.vq_config are None): "
+                "decode its tokens elsewhere"
             )
         expected = self.config.num_image_tokens
         if image_tokens.dim() != 2 or image_tokens.shape[1] != expected:
@@ -237,8 +246,27 @@ class LlamaGenForConditionalGeneration(LlamaGenPreTrainedModel, ImageGenerationM
         codes = self.config.codebook_size
         if image_tokens.numel() and not 0 <= int(image_tokens.min()) <= int(image_tokens.max()) < codes:
             raise ValueError(f"image tokens must be in 0..{codes - 1}")
-        pixels: torch.Tensor = self.patch_decoder(image_tokens, self.config.image_height, self.config.image_width)
-        return pixels
+        if self.patch_decoder is not None:
+            pixels: torch.Tensor = self.patch_decoder(image_tokens, self.config.image_height, self.config.image_width)
+            return pixels
+        # One by one: a picture must not depend on its batch, and the largest layers hold hundreds of MB per picture.
+        return torch.cat([self._draw(row[None]) for row in image_tokens])
+
+    @torch.no_grad()
+    def _draw(self, image_tokens: torch.Tensor) -> torch.Tensor:
+        """Pixels uint8 [1, height, width, 3] of tokens [1, T] from the VQ decoder, whose pixels lie in [-1, 1]."""
+        values = self.vq_model.decode(image_tokens).float()  # type: ignore[union-attr, operator]  # [1, 3, h, w]
+        return ((values.clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8).permute(0, 2, 3, 1)
+
+
+def _vq_decoder(config: Any) -> nn.Module | None:
+    """A `JanusVQVAE` without weights, or None without a configuration."""
+    if config is None:
+        return None
+    from transformers.models.janus.modeling_janus import JanusVQVAE
+
+    decoder: nn.Module = JanusVQVAE._from_config(config)
+    return decoder
 
 
 AutoModelForMultimodalLM.register(LlamaGenConfig, LlamaGenForConditionalGeneration, exist_ok=True)

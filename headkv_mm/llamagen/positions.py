@@ -12,9 +12,11 @@ from headkv_mm.llamagen.configuration import LlamaGenConfig
 class AxialRotaryEmbedding(nn.Module):
     """Two-axis rotary angles from sequence positions; takes the place of Llama's own module.
 
-    With P prompt columns, prompt position j lies at (j, j); image token i lies at (P + row, P + column). The first
-    half of the frequencies turns with the row, the second half with the column. The angles are computed in every
-    forward pass: a buffer that is not saved would be lost by `from_pretrained`.
+    With P prompt columns, prompt position j lies at (j, j); image token i lies at (P + row, P + column). Without
+    `prompt_rotary` the image token lies at (row, column), and the cosines and sines of prompts are zeros, which makes
+    zeros of their queries and keys. The first half of the frequencies turns with the row, the second half with the
+    column. The angles are computed in every forward pass: a buffer that is not saved would be lost by
+    `from_pretrained`.
     """
 
     def __init__(self, config: LlamaGenConfig) -> None:
@@ -22,6 +24,7 @@ class AxialRotaryEmbedding(nn.Module):
         super().__init__()
         text = config.get_text_config()
         self.prompt_length = config.max_prompt_length
+        self.prompt_rotary = config.prompt_rotary
         self.image_width = config.image_width
         self.axis_frequencies = text.head_dim // 4
         self.theta = float((text.rope_parameters or {}).get("rope_theta", 10000.0))
@@ -38,14 +41,19 @@ class AxialRotaryEmbedding(nn.Module):
             cos and sin, each [B or 1, T, head_dim] in the dtype of `x`.
         """
         image_index = (position_ids - self.prompt_length).clamp(min=0)
-        anchor = position_ids.clamp(max=self.prompt_length)  # j for prompts, P for image tokens
+        # j for prompts, P for image tokens
+        anchor = position_ids.clamp(max=self.prompt_length) if self.prompt_rotary else 0
         row = anchor + image_index // self.image_width
         column = anchor + image_index % self.image_width
         steps = torch.arange(self.axis_frequencies, device=x.device, dtype=torch.float32)
         frequencies = self.theta ** (-steps / self.axis_frequencies)  # [head_dim / 4]
         angles = torch.cat((row[..., None] * frequencies, column[..., None] * frequencies), dim=-1)
         angles = torch.cat((angles, angles), dim=-1)  # [B, T, head_dim]
-        return angles.cos().to(x.dtype), angles.sin().to(x.dtype)
+        cosines, sines = angles.cos(), angles.sin()
+        if not self.prompt_rotary:
+            in_image = (position_ids >= self.prompt_length)[..., None]
+            cosines, sines = cosines * in_image, sines * in_image
+        return cosines.to(x.dtype), sines.to(x.dtype)
 
 
 class LearnedPositions(nn.Module):
