@@ -16,7 +16,7 @@ def check_seed(seed: object) -> int | tuple[int, ...] | None:
     """Check what a user gave as `seed`.
 
     Args:
-        seed: an integer, a list with one integer per image, or None.
+        seed: an integer, a list with one integer per image (of a prompt, or of all prompts), or None.
 
     Returns:
         The integer, the list as a tuple, or None.
@@ -36,12 +36,17 @@ def check_seed(seed: object) -> int | tuple[int, ...] | None:
     raise TypeError(f"seed must be an integer or a list of integers, got {type(seed).__name__}")
 
 
-def image_seeds(seed: int | tuple[int, ...] | None, num_images: int) -> list[int]:
+def image_seeds(
+    seed: int | tuple[int, ...] | None, num_images: int, *, index: int = 0, prompts: int | None = 1
+) -> list[int]:
     """The seeds of the images of one prompt.
 
     Args:
-        seed: the first image's seed, one seed per image, or None for a seed from torch's global generator.
+        seed: the first image's seed, one seed per image of a prompt, one seed per image of all prompts, prompt by
+            prompt, or None for a seed from torch's global generator.
         num_images: number of images of the prompt.
+        index: number of the prompt.
+        prompts: how many prompts there are; None if nobody knows.
 
     Returns:
         One integer per image.
@@ -50,17 +55,20 @@ def image_seeds(seed: int | tuple[int, ...] | None, num_images: int) -> list[int
         ValueError: if a list of seeds has another length.
     """
     if isinstance(seed, tuple):
-        if len(seed) != num_images:
-            raise ValueError(
-                f"got {len(seed)} seeds for {num_images} image{'s' if num_images > 1 else ''} per prompt: "
-                "give one seed per image (num_images), or one integer"
-            )
-        return list(seed)
+        if len(seed) == num_images:
+            return list(seed)
+        if prompts is not None and len(seed) == num_images * prompts:
+            return list(seed[index * num_images : (index + 1) * num_images])
+        images = f"{num_images} image{'s' if num_images > 1 else ''} per prompt"
+        raise ValueError(
+            f"got {len(seed)} seeds for {images}{f' and {prompts} prompts' if prompts not in (1, None) else ''}: "
+            "give one seed per image (num_images), or one integer"
+        )
     if seed is None:
         import torch
 
         seed = int(torch.randint(2**31, ()))
-    return [(seed + index) % _LIMIT for index in range(num_images)]
+    return [(seed + number) % _LIMIT for number in range(num_images)]
 
 
 def _check_integer(seed: object) -> int:

@@ -145,12 +145,12 @@ class TextToImagePipeline(Pipeline):
     def settings(self) -> dict[str, Any]:
         """What decides about the tokens of an image beside model, prompt and seed, as plain values."""
         parameters = self._forward_params
-        compression = parameters.get("kv", KVArguments()).resolve().resolve()
+        compression, grid = parameters.get("kv", KVArguments()).resolve(), self._grid(parameters)
         return {
-            "kv_compression": compression.to_dict() if compression.compresses else None,
+            "kv_compression": compression.to_dict() if compression.resolve().compresses else None,
             "sampling": self._adapter.effective_sampling(parameters.get("sampling", Sampling())).to_dict(),
             "negative_prompt": parameters.get("negative_prompt"),
-            "image_grid": [self.image_grid.height, self.image_grid.width],
+            "image_grid": [grid.height, grid.width],
         }
 
     def _sanitize_parameters(self, **parameters: Any) -> tuple[dict[str, Any], dict[str, Any], dict[str, Any]]:

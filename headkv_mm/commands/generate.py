@@ -14,24 +14,31 @@ from headkv_mm.commands.compile_kernels import compile_cpu_kernels
 from headkv_mm.commands.devices import usable_device
 from headkv_mm.commands.option_values import budget, grid, option, whole_number
 from headkv_mm.commands.output_folder import OutputFolder
+from headkv_mm.commands.pictures import enlarged
 
 if TYPE_CHECKING:
-    from PIL.Image import Image
-
     from headkv_mm.pipelines import ImageOutput
     from headkv_mm.pipelines.text_to_image import TextToImagePipeline
 
 HELP = "draw images from prompts"
 EXAMPLE = 'headkv-mm generate "a red circle top left and a blue square bottom right" --num-images 4 --compare --maps'
 FULL = "none"
-_SMALL, _COMFORTABLE = 256, 512  # pixels: what is enlarged, and to how much
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the options of the subcommand."""
-    parser.add_argument("prompts", nargs="+", metavar="PROMPT", help="what to draw; several prompts are several images")
+    parser.add_argument("prompts", nargs="*", metavar="PROMPT", help="what to draw; several prompts are several images")
+    parser.add_argument(
+        "--prompts",
+        dest="prompts_file",
+        metavar="FILE",
+        help="draw a whole list, on as many processes as were started: .txt with a prompt per line, .jsonl with "
+        "id, prompt (or class) and seed, or - for standard input; the same command goes on after an interruption",
+    )
     parser.add_argument("--model", metavar="FOLDER", help="model folder (default: the embedded model)")
-    parser.add_argument("--device", help='"cpu", "cuda", ... (default: an accelerator if there is one)')
+    place = parser.add_mutually_exclusive_group()
+    place.add_argument("--device", help='"cpu", "cuda", ... (default: an accelerator if there is one)')
+    place.add_argument("--device-map", metavar="MAP", help='"auto": spread a model over several accelerators')
     compression = parser.add_argument_group("KV cache")
     compression.add_argument(
         "--kv-compression", default="headkv", metavar="METHOD", help="see headkv-mm methods; none for the full cache"
@@ -63,7 +70,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="seed of a prompt's first image; image j has S + j (default: 0)",
     )
     drawing.add_argument(
-        "--batch-size", type=whole_number(1), metavar="N", help="images drawn together (default: those of a prompt)"
+        "--batch-size",
+        type=whole_number(1),
+        metavar="N",
+        help="images drawn together (default: those of a prompt; of a list what fits the memory)",
     )
     drawing.add_argument("--guidance-scale", type=float, metavar="G", help="strength of guidance, 1 for none")
     drawing.add_argument("--negative-prompt", metavar="TEXT", help="what guidance leads away from")
@@ -77,7 +87,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--scale",
         type=whole_number(1),
         metavar="N",
-        help="enlarge images N times (default: small images to about 512 pixels)",
+        help="enlarge images N times (default: small images to about 512 pixels, those of a list not at all)",
     )
     output.add_argument("--compare", action="store_true", help="also draw with the full cache, side by side")
     output.add_argument("--maps", action="store_true", help="also draw the head map and the tokens every head kept")
@@ -100,12 +110,18 @@ class Variant:
 
 def run(args: argparse.Namespace) -> int:
     """Draw, write the files, print a table."""
+    if bool(args.prompts) == (args.prompts_file is not None):
+        raise ValueError("give either a PROMPT (one or more) or --prompts FILE (see headkv-mm generate --help)")
+    if args.prompts_file is not None:
+        from headkv_mm.commands.generate_many import run_many
+
+        return run_many(args, _pipeline)
     if args.compare and args.kv_compression == FULL:
         raise ValueError(
             "--compare needs a compression to compare with the full cache: leave --kv-compression none out"
         )
     with OutputFolder(args.output) as folder:
-        pipe = _pipeline(args)
+        pipe = _pipeline(args, device=args.device)
         variants = _draw(pipe, args)
         record = _write(folder, variants, pipe, args)
     if args.json:
@@ -115,8 +131,8 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
-def _pipeline(args: argparse.Namespace) -> TextToImagePipeline:
-    """The pipeline with all settings of the command line."""
+def _pipeline(args: argparse.Namespace, *, device: str | None) -> TextToImagePipeline:
+    """The pipeline with all settings of the command line, on a device."""
     import headkv_mm
     from headkv_mm.image_grid import ImageGrid
 
@@ -134,10 +150,12 @@ def _pipeline(args: argparse.Namespace) -> TextToImagePipeline:
         "batch_size": args.batch_size,
         "keep_tokens": args.maps,
         "image_grid": None if args.grid is None else ImageGrid(*args.grid),
-        "progress": not args.no_progress and sys.stderr.isatty(),
+        "progress": args.prompts_file is None and not args.no_progress and sys.stderr.isatty(),
     }
-    if args.device is not None:
-        settings["device"] = usable_device(args.device)
+    if args.device_map is not None:
+        settings["device_map"] = args.device_map
+    elif device is not None:
+        settings["device"] = usable_device(device)
     pipe: TextToImagePipeline = headkv_mm.pipeline("text-to-image", args.model, **settings)
     return pipe
 
@@ -167,7 +185,7 @@ def _write(
         for number, (prompt, output) in enumerate(zip(args.prompts, variant.outputs)):
             for image, seed in zip(output.images, output.seeds):
                 name = f"{number:02d}-{_slug(prompt)}-seed{seed}{mark}.png"
-                _enlarged(image, args.scale).save(folder.new(name))
+                enlarged(image, args.scale).save(folder.new(name))
                 files.append(
                     {"file": name, "prompt": prompt, "read_as": output.prompts[0], "seed": seed, "cache": variant.name}
                 )
@@ -265,18 +283,6 @@ def _print_table(variants: list[Variant], record: dict[str, Any], folder: Output
     print()
     for name in [*(item["file"] for item in record["images"]), *record["pictures"], "run.json"]:
         print(folder.path / name)
-
-
-def _enlarged(image: Image, scale: int | None) -> Image:
-    """The image with sharp token edges, `scale` times as large, or small ones as large as is comfortable to see."""
-    from PIL import Image as PillowImage
-
-    if scale is None:
-        side = max(image.size)
-        scale = _COMFORTABLE // side if side < _SMALL else 1
-    if scale == 1:
-        return image
-    return image.resize((image.width * scale, image.height * scale), PillowImage.Resampling.NEAREST)
 
 
 def _slug(prompt: str) -> str:
