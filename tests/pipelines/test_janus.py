@@ -200,12 +200,10 @@ def test_what_cannot_be_drawn(parts: tuple[Any, Any], pipe: Any) -> None:
 
 def test_a_chat_template_is_used(parts: tuple[Any, Any]) -> None:
     model, processor = parts
-    template = (
-        "{% for m in messages %}<u>{{ m.content[0].text }}{% endfor %}{% if add_generation_prompt %}<a>{% endif %}"
-    )
+    template = "{% for m in messages %}U,{{ m.content[0].text }}{% endfor %}{% if add_generation_prompt %}A,{% endif %}"
     chatty = type(processor)(processor.image_processor, processor.tokenizer, chat_template=template)
     ids = JanusAdapter(model, processor=chatty).encode(["cat"]).inputs["input_ids"][0]
-    assert processor.tokenizer.decode(ids).replace(" ", "") == "<s><u>cat<a><boi>"
+    assert processor.tokenizer.decode(ids).replace(" ", "") == "<s>U,catA,<boi>"
 
 
 def test_defaults_come_from_the_generation_config(adapter: JanusAdapter, pipe: Any, parts: tuple[Any, Any]) -> None:
