@@ -1,7 +1,12 @@
 # Every target sets the environment up first if it is not there: .venv with the versions in constraints.txt.
 # Another Python: `make test PYTHON=python3.12`. Another environment: `make test VENV=/path/to/venv`.
+# An older transformers: `make test TRANSFORMERS=5.5`, in .venv-transformers-5.5; constraints-transformers-5.5.txt says
+# what is installed in place of the same lines of constraints.txt.
 PYTHON ?= python3
-VENV ?= .venv
+TRANSFORMERS ?=
+OLDER := $(TRANSFORMERS:%=-transformers-%)
+VENV ?= .venv$(OLDER)
+CONSTRAINTS := $(OLDER:%=constraints%.txt) constraints.txt
 PYTEST_ARGS ?=
 
 BIN := $(abspath $(VENV))/bin
@@ -17,14 +22,15 @@ help: ## list the targets
 
 setup: $(READY) ## create .venv and install the package into it
 
-$(READY): pyproject.toml setup.py constraints.txt
+$(READY): pyproject.toml setup.py $(CONSTRAINTS)
 	@mkdir -p build
 	@if [ ! -x "$(BIN)/python" ]; then \
 		echo "Creating $(VENV) ..."; \
 		$(PYTHON) -m venv "$(VENV)" > $(SETUP_LOG) 2>&1 || { cat $(SETUP_LOG); exit 1; }; \
 	fi
+	@awk -F== '!seen[$$1]++' $(CONSTRAINTS) > build/constraints.txt
 	@echo "Installing headkv-mm and its dependencies into $(VENV) (log: $(SETUP_LOG)) ..."
-	@"$(BIN)/python" -m pip install --disable-pip-version-check --no-input -c constraints.txt -e ".[dev]" \
+	@"$(BIN)/python" -m pip install --disable-pip-version-check --no-input -c build/constraints.txt -e ".[dev]" \
 		> $(SETUP_LOG) 2>&1 || { tail -n 40 $(SETUP_LOG); exit 1; }
 	@touch $@
 
@@ -33,7 +39,7 @@ demo: $(READY) ## draw a scene and ask a document, with the full cache and compr
 		--compare --maps --output output/demo
 	@"$(BIN)/headkv-mm" ask --compare --maps --output output/demo-document
 
-test: $(READY) ## run the tests; nothing is downloaded
+test: $(READY) ## run the tests; nothing is downloaded (TRANSFORMERS=5.5 or 5.17: with that version)
 	@HF_HUB_OFFLINE=1 "$(BIN)/pytest" $(PYTEST_ARGS)
 
 lint: $(READY) ## ruff: rules and format
@@ -51,6 +57,6 @@ format: $(READY) ## ruff: fix what it can and format
 	@"$(BIN)/ruff" check --fix .
 	@"$(BIN)/ruff" format .
 
-clean: ## remove what the other targets made, .venv excepted
+clean: ## remove what the other targets made, environments excepted
 	@rm -rf build output .pytest_cache .mypy_cache .ruff_cache .hypothesis *.egg-info
 	@find headkv_mm kernels pipelines tests scripts benchmarks -type d -name __pycache__ -prune -exec rm -rf {} + 2> /dev/null || true
