@@ -3,10 +3,12 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Any
 
 from .budgets import ImagePlan
 from .plan import Plan
+from .text_plan import TextPlan
 
 
 @dataclass(frozen=True)
@@ -78,6 +80,75 @@ class EachInterval:
     def due(self, before: int, after: int, plan: Plan) -> bool:
         """True when an interval ended as the count of decoded tokens went from `before` to `after`."""
         return _step_ended(before, after, plan)
+
+
+@dataclass(frozen=True)
+class TokenSelective(EachInterval):
+    """As `EachInterval`, and only chosen tokens of a prompt go on after one layer of the model (arXiv 2502.01068).
+
+    The layer that chooses ranks the tokens of a forward by the sum of its heads' scores. Those that go on are the
+    newest `window`, the sinks, and the best others. Later layers never see the rest: their time and their entries are
+    saved. Every forward of several tokens (a prompt, a chunk of one, a later turn) chooses among its own tokens.
+
+    Attributes:
+        tsp_ratio: share of a forward's tokens that go on. More do where the budget would otherwise not be filled.
+        tsp_layer: the last layer that sees all tokens, from 0; None: that of the table, or half of the layers less one.
+        tsp_least: a forward of so few tokens goes on whole, and no fewer ever go on.
+        window: newest tokens that always go on.
+        table: file that says the layer, see `headkv_mm.tsp_tables`.
+    """
+
+    tsp_ratio: float = 0.2
+    tsp_layer: int | None = None
+    tsp_least: int = 64
+    window: int = 8
+    table: str | None = None
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not 0.0 < self.tsp_ratio <= 1.0:
+            raise ValueError(f"tsp_ratio must be a share in (0, 1], got {self.tsp_ratio}")
+        _check_whole("tsp_layer", 0 if self.tsp_layer is None else self.tsp_layer, 0)
+        _check_whole("tsp_least", self.tsp_least, 0)
+        _check_whole("window", self.window, 1)
+        if self.table is not None and not isinstance(self.table, str):
+            raise ValueError(f"table must be the name of a file, got {self.table!r}")
+        if self.table is not None and self.tsp_layer is not None:
+            raise ValueError("table and tsp_layer both say which layer chooses; give one of them")
+
+    def for_model(self, model_or_config: Any) -> TokenSelective:
+        """The same with the layer that chooses.
+
+        Raises:
+            ValueError: for a layer that the model does not have, or a table of another model.
+            FileNotFoundError: if there is no such table.
+        """
+        from .tsp_tables import layer_for
+
+        return replace(self, tsp_layer=layer_for(model_or_config, self.tsp_layer, self.table), table=None)
+
+    @property
+    def chosen_layer(self) -> int:
+        """The layer that chooses.
+
+        Raises:
+            ValueError: before `for_model`, unless it was given.
+        """
+        if self.tsp_layer is None:
+            raise ValueError("which layer chooses is known only for a model: call for_model first")
+        return self.tsp_layer
+
+    def passing(self, plan: TextPlan, before: int, tokens: int) -> int:
+        """How many of `tokens` that follow `before` others go on; all of them, or at least two."""
+        entries, had = plan.entries(before + tokens), plan.entries(before)
+        unfilled = entries - min(had, before)  # what later layers need to keep their budgets
+        protected = self.window + plan.held_sinks(entries)
+        return min(tokens, max(round(self.tsp_ratio * tokens), unfilled, protected, self.tsp_least, 2))
+
+
+def _check_whole(name: str, number: int, least: int) -> None:
+    if not isinstance(number, int) or isinstance(number, bool) or number < least:
+        raise ValueError(f"{name} must be a whole number, at least {least}, got {number!r}")
 
 
 def _image(plan: Plan) -> ImagePlan:

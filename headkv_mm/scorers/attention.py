@@ -143,17 +143,30 @@ def window_attention(observed: Observed, queries: Tensor, positions: Tensor) -> 
 
 def mean_over_heads(scores: Tensor, observed: Observed) -> Tensor:
     """For every slot the mean score of its position over the KV heads that hold it, [N] float32."""
-    store = observed.store
-    width = max(observed.row_seen)
-    row = store.row_of_slots()
-    held = store.filled()
-    place = torch.where(held, row * width + store.positions, store.rows * width)  # the last place takes empty slots
-    total = torch.zeros(store.rows * width + 1, dtype=torch.float32, device=scores.device)
-    count = torch.zeros_like(total)
-    total.index_add_(0, place, torch.where(held, scores.float(), 0.0))
-    count.index_add_(0, place, torch.ones_like(scores, dtype=torch.float32))
-    total, count = observed.shard.sum(torch.stack([total, count]))
+    place = _position_places(observed)
+    total, count = observed.shard.sum(
+        torch.stack([_added_up(place, numbers, observed) for numbers in (scores, torch.ones_like(scores))])
+    )
     return (total / count.clamp(min=1))[place]
+
+
+def sum_over_heads(scores: Tensor, observed: Observed) -> Tensor:
+    """For every row and position the sum of its scores over the KV heads that hold it, [B, longest row] float32."""
+    total = _added_up(_position_places(observed), scores, observed)
+    return observed.shard.sum(total)[:-1].view(observed.store.rows, -1)
+
+
+def _position_places(observed: Observed) -> Tensor:
+    """For every slot its row and position as one number, [N] int64; the last place takes empty slots."""
+    store, width = observed.store, max(observed.row_seen)
+    return torch.where(store.filled(), store.row_of_slots() * width + store.positions, store.rows * width)
+
+
+def _added_up(place: Tensor, scores: Tensor, observed: Observed) -> Tensor:
+    """The sum of the scores [N] at every place, [B * longest row + 1] float32; nothing from empty slots."""
+    store = observed.store
+    total = torch.zeros(store.rows * max(observed.row_seen) + 1, dtype=torch.float32, device=scores.device)
+    return total.index_add_(0, place, torch.where(store.filled(), scores.float(), 0.0))
 
 
 def check_window(window: int, name: str = "window") -> None:
