@@ -23,20 +23,23 @@ def _llamagen(layers: int | None, *, blocks: int, heads: int, side: int, caption
     from headkv_mm.llamagen import LlamaGenConfig
 
     codes, width = 16384, 64 * heads
-    # A class-conditional prompt is one class of 1000, or the one that stands for none. Captions come as 120 features
-    # of a text encoder; here a few words stand for them.
-    prompt, words = (120, 8) if captions else (1, 1001)
+    # A prompt is one of 1000 classes or the null class; captions come as 120 features of a text encoder.
+    prompt: dict[str, Any] = (
+        {"conditioning": "text", "feature_size": 2048, "max_prompt_length": 120}
+        if captions
+        else {"conditioning": "class", "num_classes": 1000, "max_prompt_length": 1}
+    )
     return LlamaGenConfig(
         text_config={
             "model_type": "llama",
-            "vocab_size": codes + words,
+            "vocab_size": codes + (0 if captions else 1001),
             "hidden_size": width,
             "intermediate_size": -(-(8 * width // 3) // 256) * 256,
             "num_hidden_layers": layers or blocks,
             "num_attention_heads": heads,
             "num_key_value_heads": heads,
             "head_dim": 64,
-            "max_position_embeddings": prompt + side * side,
+            "max_position_embeddings": prompt["max_prompt_length"] + side * side,
             "rms_norm_eps": 1e-5,
             "bos_token_id": None,
             "eos_token_id": None,
@@ -44,8 +47,9 @@ def _llamagen(layers: int | None, *, blocks: int, heads: int, side: int, caption
         image_height=side,
         image_width=side,
         codebook_size=codes,
-        max_prompt_length=prompt,
-        null_token_id=codes + words - 1,
+        prompt_rotary=False,
+        vq_config={"num_patches": side},
+        **prompt,
     )
 
 
@@ -126,7 +130,11 @@ def _llamagen_shapes() -> list[Shape]:
         ("xl", 36, 20, 775e6),
         ("xxl", 48, 24, 1.4e9),
     ]
-    common: dict[str, Any] = {"guided": True, "source": "GPT-B to GPT-XXL in LlamaGen's own code (arXiv 2406.06525)"}
+    common: dict[str, Any] = {
+        "guided": True,
+        "apart": ("vq_model",),
+        "source": "GPT-B to GPT-XXL in LlamaGen's own code (arXiv 2406.06525)",
+    }
     shapes = [
         Shape(
             f"llamagen-{name}-{16 * side}",
