@@ -5,7 +5,8 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
-from typing import Any
+from typing import Any, Literal
+from weakref import WeakSet
 
 from torch import nn
 from transformers.generation import GenerationMode
@@ -19,6 +20,7 @@ from .image_grid import ImageGrid
 from .memory import CacheReport
 
 _MISSING = object()
+Kind = Literal["image", "text"]
 
 
 class Session:
@@ -29,17 +31,33 @@ class Session:
         caches: the caches that the latest `generate` used; two where guidance runs a branch of its own.
     """
 
-    def __init__(self, model: PreTrainedModel, compression: Compression, image_grid: ImageGrid | None) -> None:
+    def __init__(
+        self, model: PreTrainedModel, compression: Compression, image_grid: ImageGrid | None, kind: Kind | None
+    ) -> None:
         self.compression = compression
         self.caches: list[HeadKVCache] = []
-        self._model, self._image_grid = model, image_grid
+        self._made: WeakSet[HeadKVCache] = WeakSet()
+        self._model, self._image_grid, self._kind = model, image_grid, kind
 
-    def new_cache(self, *, first: bool) -> HeadKVCache:
-        """Make a cache; `first` begins a new generation and lets go of the caches before."""
-        cache = HeadKVCache(self._model, self.compression, image_grid=self._image_grid)
+    def new_cache(self, *, first: bool, words: bool = False) -> HeadKVCache:
+        """Make a cache.
+
+        Args:
+            first: begins a new generation and lets go of the caches before.
+            words: transformers' own `generate` asks, which writes text unless a grid was given: models whose
+                configuration states one draw in a loop of their own.
+        """
+        kind: Kind | None = "text" if words and self._image_grid is None and self._kind is None else self._kind
+        cache = HeadKVCache(self._model, self.compression, image_grid=self._image_grid, kind=kind)
         # A loop that never hands its cache on must not pile them up: two are the most that guidance needs.
         self.caches = [cache] if first else [*self.caches[-1:], cache]
+        self._made.add(cache)
         return cache
+
+    def detach(self) -> None:
+        """Take the hooks of all caches off the model."""
+        for cache in self._made:
+            cache.detach()
 
     def report(self) -> CacheReport:
         """The report of the latest generation's (first) cache.
@@ -59,6 +77,7 @@ def compress(
     *,
     budget: Budget | None = None,
     image_grid: ImageGrid | None = None,
+    kind: Kind | None = None,
     **options: Any,
 ) -> Iterator[Session]:
     """While the context lasts, every cache that the model makes for itself is compressed.
@@ -75,6 +94,8 @@ def compress(
         compression: a method name, a dict, a `Compression`, or None to leave everything as it is.
         budget: replaces the compression's budget.
         image_grid: where the image lies; by default what the configuration states.
+        kind: "text" if a model that also draws (Janus) is to write text only. By default what its `generate` writes
+            decides, and the method must serve images.
         options: options of the method.
 
     Raises:
@@ -82,8 +103,9 @@ def compress(
         ValueError: for bad settings, or a model that cannot be compressed, with the reason.
     """
     target = _unwrap(model)
-    session = Session(target, Compression.parse(compression, budget=budget, **options), image_grid)
+    session = Session(target, Compression.parse(compression, budget=budget, **options), image_grid, kind)
     with ExitStack() as stack:
+        stack.callback(session.detach)
         text_config = target.config.get_text_config(decoder=True)
         stack.callback(_set_implementation, target, text_config, text_config._attn_implementation)
         _set_implementation(target, text_config, implementation_over(text_config._attn_implementation))
@@ -101,7 +123,7 @@ def compress(
                     f"cache_implementation={generation_config.cache_implementation!r} and kv_compression exclude each "
                     "other; give one of them"
                 )
-            model_kwargs["past_key_values"] = session.new_cache(first=True)
+            model_kwargs["past_key_values"] = session.new_cache(first=True, words=True)
             return None
 
         def prepare_static(*args: Any, **kwargs: Any) -> HeadKVCache:

@@ -4,10 +4,10 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from copy import copy, deepcopy
-from typing import Any
+from typing import Any, Literal
 
 from torch import Tensor
 from transformers.cache_utils import Cache, DynamicCache, DynamicLayer
@@ -18,9 +18,13 @@ from .budgets import Budget
 from .compression import Compression
 from .image_grid import ImageGrid
 from .layer import HeadKVLayer
+from .layer_hooks import hooks_on
 from .memory import CacheReport
 from .model_pool import ModelPool
 from .plan import LayerPlace
+from .propagation import Propagation
+from .registry import Pieces
+from .schedules import TokenSelective
 from .tensor_parallel import HeadShard
 
 
@@ -36,6 +40,7 @@ class HeadKVCache(Cache):
         compression: a method name, a dict, a `Compression`, or None for the stock behaviour.
         budget: replaces the compression's budget.
         image_grid: where the image lies; by default what the configuration states. Without one it is a text's cache.
+        kind: "text" for a model that also draws (Janus) when it is to write text; None: an image if there is a grid.
         options: options of the method.
 
     Raises:
@@ -50,12 +55,13 @@ class HeadKVCache(Cache):
         *,
         budget: Budget | None = None,
         image_grid: ImageGrid | None = None,
+        kind: Literal["image", "text"] | None = None,
         **options: Any,
     ) -> None:
         config = model_or_config if isinstance(model_or_config, PreTrainedConfig) else model_or_config.config
         text_config = config.get_text_config(decoder=True)
         self.compression = Compression.parse(compression, budget=budget, **options)
-        self.image_grid = image_grid or ImageGrid.from_config(config)
+        self.image_grid = _grid(kind, image_grid, config)
         self.extra: dict[str, Any] = {}
         """Whatever the owner wants to keep with the cache, as JSON types; see `save`."""
         check_supported(text_config)
@@ -93,7 +99,9 @@ class HeadKVCache(Cache):
                 for index, layer in enumerate(layers)
             ]
         )
-        self._share_pool()
+        self.propagation = _propagation(model_or_config, pieces, layers)
+        """Which tokens of a forward go on after one of its layers; None where all do, as with most methods."""
+        self._share()
 
     @contextmanager
     def reading(self) -> Iterator[None]:
@@ -131,13 +139,25 @@ class HeadKVCache(Cache):
         twin.layers = [
             layer.copy(evicts=evict) if isinstance(layer, HeadKVLayer) else deepcopy(layer) for layer in self.layers
         ]
-        twin._share_pool()
+        if self.propagation is not None:
+            twin.propagation = Propagation(self.propagation.schedule, self.propagation.hooks)
+        twin._share()
         return twin
 
-    def _share_pool(self) -> None:
+    def _share(self) -> None:
+        """Let the layers meet."""
         pool = ModelPool()
         for layer in self.compressed_layers:
             layer.share_pool(pool)
+            layer.follow(self.propagation)
+
+    def detach(self) -> None:
+        """Take this cache's hooks off the model, if its method has any; it can then decode, but read no more prompts.
+
+        Hooks go by themselves with the last cache that needs them.
+        """
+        if self.propagation is not None:
+            self.propagation.hooks = None
 
     def save(self, path: str | os.PathLike[str], model: Any, *, extra: Mapping[str, Any] | None = None) -> None:
         """Write the cache to one safetensors file, atomically; see `headkv_mm.saved_cache`.
@@ -218,6 +238,37 @@ class HeadKVCache(Cache):
         """Keep the rows `indices` [B'] int64, or a [B] bool mask of them."""
         for layer in self.layers:
             layer.batch_select_indices(indices)
+
+
+def _grid(kind: str | None, given: ImageGrid | None, config: Any) -> ImageGrid | None:
+    """Where the image lies; None for a text."""
+    if kind not in ("image", "text", None):
+        raise ValueError(f"kind must be 'image', 'text' or None, got {kind!r}")
+    if kind == "text":
+        if given is not None:
+            raise ValueError("kind='text' and an image_grid exclude each other; give one of them")
+        return None
+    grid = given or ImageGrid.from_config(config)
+    if kind == "image" and grid is None:
+        raise ValueError(f"{type(config).__name__} states no image grid; pass image_grid=ImageGrid(height, width)")
+    return grid
+
+
+def _propagation(model_or_config: Any, pieces: Pieces | None, layers: Sequence[Any]) -> Propagation | None:
+    """What lets only some tokens go on to later layers, hooked up to the model; None for methods that do not.
+
+    Raises:
+        ValueError: if the model cannot be followed.
+    """
+    if pieces is None or not isinstance(pieces.schedule, TokenSelective):
+        return None
+    others = sorted({type(layer).__name__ for layer in layers if type(layer) is not DynamicLayer})
+    if others:
+        raise ValueError(
+            f"the model has layers of other kinds ({', '.join(others)}), whose caches need every token, so none can be "
+            "left behind; use another method, such as 'snapkv'"
+        )
+    return Propagation(pieces.schedule, hooks_on(model_or_config))
 
 
 def check_supported(text_config: PreTrainedConfig) -> None:

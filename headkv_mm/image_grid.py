@@ -47,11 +47,14 @@ class ImageGrid:
         """The grid that a model's configuration states, or None if it states none.
 
         Reads `image_height` and `image_width` (LlamaGenConfig), or the square grid of `vision_config.num_image_tokens`
-        (Janus).
+        where there is a `vq_config` to draw with (Janus). A model that only looks at images may state a number of them
+        too (PaliGemma).
         """
         height, width = getattr(config, "image_height", None), getattr(config, "image_width", None)
         if isinstance(height, int) and isinstance(width, int):
             return cls(height, width)
+        if getattr(config, "vq_config", None) is None:
+            return None
         count = getattr(getattr(config, "vision_config", None), "num_image_tokens", None)
         if isinstance(count, int) and count > 0 and math.isqrt(count) ** 2 == count:
             return cls(math.isqrt(count), math.isqrt(count))

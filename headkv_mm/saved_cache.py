@@ -107,7 +107,7 @@ def load_cache(path: str | os.PathLike[str], model: Any) -> HeadKVCache:
         )
     if header["checksum"] != _checksum(tensors):
         raise ValueError(f"{os.fspath(path)} was edited or cut after it was saved; read the document again")
-    cache = HeadKVCache(model, dict(header["compression"]))
+    cache = HeadKVCache(model, dict(header["compression"]), kind="text")
     device = next(model.parameters()).device
     for index, (layer, numbers) in enumerate(zip(cache.compressed_layers, header["layers"], strict=True)):
         prefix = f"{index}."
