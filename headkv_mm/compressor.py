@@ -10,7 +10,7 @@ from torch import Tensor
 
 from . import kernels
 from .observer import Observer
-from .pieces import Allocation
+from .pieces import Allocation, Observed
 from .plan import Plan
 from .ragged import RaggedKV
 from .registry import Pieces
@@ -134,6 +134,21 @@ class LayerCompressor:
     def wants_mass(self) -> bool:
         """Must the storage have room for attention?"""
         return self.pieces.scorer.attention_window(self.plan) > 0
+
+    def _queries_needed(self, *, undecided: bool) -> int:
+        """How many of the last decoded queries the next decision looks at."""
+        pieces, plan = self.pieces, self.plan
+        return max(
+            pieces.allocator.queries_needed(plan) if undecided else 0,
+            pieces.scorer.queries_needed(plan, decoding=True),
+            pieces.selector.queries_needed(plan, decoding=True),
+        )
+
+    def _victims(self, observed: Observed, allocation: Allocation, scores: Tensor) -> Tensor:
+        """Who leaves, [N] bool; what the selector remembers goes along with the others."""
+        selection = self.pieces.selector.select(observed, allocation, scores)
+        self.store.credit = selection.credit
+        return selection.victims
 
     def _count(self, tokens: int) -> None:
         """One token per row more, for every token of the step."""

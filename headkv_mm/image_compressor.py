@@ -149,16 +149,12 @@ class ImageCompressor(LayerCompressor):
         plan, pieces = self.plan, self.pieces
         before, until_due = self.decoded, self.next_due - self.decoded - query.shape[2]
         self.decoded += query.shape[2]
-        undecided = self.allocation is None
         allocated = self.observer.watch(
             query,
             step=plan.step,
             until_due=until_due,
             mean=pieces.scorer.needs_mean_query,
-            last=max(
-                pieces.allocator.queries_needed(plan) if undecided else 0,
-                pieces.scorer.queries_needed(plan, decoding=True),
-            ),
+            last=self._queries_needed(undecided=self.allocation is None),
             visible=visible,
         )
         if allocated:
@@ -182,6 +178,7 @@ class ImageCompressor(LayerCompressor):
             queries=queries,
             # The newest query has age 1.
             query_positions=None if ages is None else (self.seen[:, None] - ages).to(torch.int32),
+            credit=store.credit,
             attention=store.mass,
         )
         scores = self.pieces.scorer.score_entries(observed)
@@ -190,7 +187,7 @@ class ImageCompressor(LayerCompressor):
             self.pieces.allocator.allocate(observed, scores), self.kv_heads
         )
         self.allocation = allocation
-        victims = self.pieces.selector.victims(observed, allocation, scores)
+        victims = self._victims(observed, allocation, scores)
         bound = max(self.row_condition) + allocation.largest
         uneven = allocation.local is not None or allocation.largest != self.plan.budget
         if grouping and (uneven or room != self.plan.budget + self.plan.row):

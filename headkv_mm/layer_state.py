@@ -18,6 +18,7 @@ from .text_compressor import TextCompressor
 from .text_plan import TextPlan
 
 _STORED = ("keys", "values", "positions", "start", "length", "capacity")
+_BESIDE = ("mass", "credit")
 _ON_HOST = ("row_slots", "max_length", "ordered")
 _NUMBERS = ("row_seen", "row_entries", "decoded", "evicts", "appended", "made_for", "tight")
 
@@ -39,7 +40,8 @@ def state_of(layer: TextCompressor) -> LayerState:
     """Everything that is held, but for what was observed since the last decision."""
     store = layer.store
     tensors = {name: getattr(store, name) for name in _STORED}
-    tensors |= {"seen": layer.seen} | ({} if store.mass is None else {"mass": store.mass})
+    tensors["seen"] = layer.seen
+    tensors |= {name: tensor for name in _BESIDE if (tensor := getattr(store, name)) is not None}
     numbers: dict[str, Any] = {name: getattr(layer, name) for name in _NUMBERS}
     numbers |= {name: getattr(store, name) for name in _ON_HOST}
     numbers["decided"] = [None if row is None else row.numbers for row in layer.decided]
@@ -58,7 +60,7 @@ def restored(pieces: Pieces, plan: TextPlan, state: LayerState, pool: ModelPool)
     tensors, numbers = state.tensors, state.numbers
     new = object.__new__(TextCompressor)
     LayerCompressor.__init__(new, pieces, plan, tensors["start"].shape[1])
-    new.pool, new.fresh = pool, []
+    new.pool, new.fresh, new.propagation = pool, [], None
     for name in _NUMBERS:
         setattr(new, name, numbers[name])
     new.seen = tensors["seen"]
@@ -67,7 +69,7 @@ def restored(pieces: Pieces, plan: TextPlan, state: LayerState, pool: ModelPool)
         row_slots=numbers["row_slots"],
         max_length=numbers["max_length"],
         ordered=numbers["ordered"],
-        mass=tensors.get("mass"),
+        **{name: tensors[name] for name in _BESIDE if name in tensors},
     )
     new.decided = [row and _decided(tensors, index, row) for index, row in enumerate(numbers["decided"])]
     new.take_up()

@@ -37,6 +37,8 @@ class Observed:
         queries: [B, Q, H, D], the last queries in order, as many as scorer and allocator ask for, or fewer if there are
             no more.
         query_positions: [B, Q] int32, their positions; -1 for padding.
+        credit: [N] float32, what the selector remembered of the entries at the last decision, 0 for newer ones, or
+            None.
         attention: [N] float32, attention that each slot got from the last decoded queries (or from all, for scorers
             that accumulate), summed over queries and group; None at the end of a prompt.
         softcap: of the attention's logits, 0 for none.
@@ -53,6 +55,7 @@ class Observed:
     mean_query: Tensor | None = None
     queries: Tensor | None = None
     query_positions: Tensor | None = None
+    credit: Tensor | None = None
     attention: Tensor | None = None
     softcap: float = 0.0
     sinks: Tensor | None = None
@@ -164,12 +167,39 @@ class ModelAllocator(Allocator, Protocol):
         ...
 
 
-class Selector(Protocol):
-    """Chooses who leaves."""
+@dataclass(frozen=True)
+class Selection:
+    """What a selector decided.
+
+    Attributes:
+        victims: [N] bool, True for what leaves: exactly as many as are above each region's target, never what is
+            protected.
+        credit: [N] float32 that goes along with the entries and comes back in `Observed.credit`; None for none.
+    """
+
+    victims: Tensor
+    credit: Tensor | None = None
+
+
+class Selector:
+    """Chooses who leaves. A subclass has `victims`, or `select` if it remembers something of the entries."""
+
+    @property
+    def remembers(self) -> bool:
+        """A number of every entry is kept from one decision to the next."""
+        return False
+
+    def queries_needed(self, plan: Plan, *, decoding: bool) -> int:
+        """How many of the last queries it looks at: of the prompt's (they cost nothing), or while decoding."""
+        return 0
 
     def victims(self, observed: Observed, allocation: Allocation, scores: Tensor) -> Tensor:
-        """[N] bool, True for what leaves: exactly as many as are above each region's target, never protected ones."""
-        ...
+        """[N] bool, see `Selection`."""
+        raise NotImplementedError
+
+    def select(self, observed: Observed, allocation: Allocation, scores: Tensor) -> Selection:
+        """The victims, and what to remember."""
+        return Selection(self.victims(observed, allocation, scores))
 
 
 class Schedule(Protocol):

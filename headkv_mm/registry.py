@@ -16,6 +16,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from .pieces import Allocator, Schedule, Scorer, Selector
+from .plan import Plan
 
 KINDS = ("image", "text")
 _PIECES = ("scorer", "allocator", "selector", "schedule")
@@ -29,6 +30,15 @@ class Pieces:
     allocator: Allocator
     selector: Selector
     schedule: Schedule
+
+    def prompt_queries(self, plan: Plan) -> int:
+        """How many of a prompt's last queries the decision at its end looks at, at least one."""
+        return max(
+            self.scorer.queries_needed(plan, decoding=False),
+            self.allocator.queries_needed(plan),
+            self.selector.queries_needed(plan, decoding=False),
+            1,
+        )
 
     @property
     def options(self) -> dict[str, Any]:

@@ -10,11 +10,11 @@ from torch import Tensor
 
 from .. import kernels
 from ..budgets import ImagePlan
-from ..pieces import Allocation, Observed
+from ..pieces import Allocation, Observed, Selector
 
 
 @dataclass(frozen=True)
-class Stratified:
+class Stratified(Selector):
     """Evict the lowest scores, half from the older and half from the nearer entries (arXiv 2605.20600).
 
     The condition of an image or the sinks of a text, the anchors, and the recent window of every head are protected.
