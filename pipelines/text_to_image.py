@@ -4,19 +4,19 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from functools import partial
 from itertools import islice
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 from transformers.pipelines.base import Pipeline
 
 from headkv_mm.memory import plan_memory
 from headkv_mm.pipelines.caches import kept_image_tokens, run_report
+from headkv_mm.pipelines.image_jobs import ImageJob, MadeImage, asked_for, collect
 from headkv_mm.pipelines.kv_arguments import KVArguments
 from headkv_mm.pipelines.models import adapter_for
 from headkv_mm.pipelines.models.base import Sampling
-from headkv_mm.pipelines.outputs import ImageOutput, merge_reports
 from headkv_mm.pipelines.progress import token_bar
 from headkv_mm.pipelines.seeds import check_seed, image_seeds
 
@@ -24,30 +24,12 @@ if TYPE_CHECKING:
     import torch
 
     from headkv_mm.image_grid import ImageGrid
-    from headkv_mm.pipelines.outputs import GenerationReport
+    from headkv_mm.pipelines.outputs import ImageOutput
 
 _KV = ("kv_compression", "kv_budget", "kv_options")
 _SAMPLING = ("guidance_scale", "do_sample", "temperature", "top_k", "top_p")
 _OTHER = ("image_grid", "keep_tokens", "negative_prompt", "num_images", "progress", "seed")
 _IGNORED = ("local_files_only",)  # transformers.pipeline leaves it in the arguments
-
-
-class _Job(NamedTuple):
-    """One image to make."""
-
-    prompt_index: int
-    prompt: str
-    seed: int
-
-
-class _Made(NamedTuple):
-    """One image with what belongs to it."""
-
-    job: _Job
-    image: Any
-    tokens: torch.Tensor
-    kept: list[list[torch.Tensor]] | None
-    report: GenerationReport
 
 
 class TextToImagePipeline(Pipeline):
@@ -57,6 +39,10 @@ class TextToImagePipeline(Pipeline):
 
     Args of a call:
         inputs: a prompt, a list of prompts, or a generator or dataset of prompts.
+        class_labels: in place of prompts, a class or a list of classes, for models that draw classes.
+        features: in place of prompts, a text encoder's features [B, n, C], or [n, C] for one prompt, or a list of
+            those, for models that read them.
+        feature_mask: [B, n], 0 at the padding of `features`, on either side.
         num_images: images per prompt, 1 by default.
         batch_size: images that are generated together; by default all images of one prompt.
         seed: seed of a prompt's first image; image j has `seed + j`, whatever else is in the batch. Or a list with
@@ -88,12 +74,14 @@ class TextToImagePipeline(Pipeline):
     # The base class would take temperature and its like out of the arguments; they belong to `Sampling` here.
     _pipeline_calls_generate = False
 
-    def __init__(self, *args: Any, image_decoder: Any = None, **kwargs: Any) -> None:
+    def __init__(self, *args: Any, image_decoder: Any = None, text_encoder: Any = None, **kwargs: Any) -> None:
         """Bind the model to its adapter and check all arguments.
 
         Args:
             *args: for the base class.
             image_decoder: what turns tokens into pictures, for models that cannot do it themselves.
+            text_encoder: what reads the prompts, for models that read another model's features: its folder, or the
+                model with its `tokenizer`.
             **kwargs: for the base class, and arguments of a call.
         """
         super().__init__(*args, **kwargs)
@@ -101,32 +89,37 @@ class TextToImagePipeline(Pipeline):
         self._adapter = adapter_for(
             self.model, tokenizer=tokenizer, processor=self.processor, image_decoder=image_decoder
         )
+        if text_encoder is not None:
+            self._adapter.bind_text_encoder(text_encoder)
         self.tokenizer = self._adapter.tokenizer
         self.model.eval()
         self._check(self._forward_params)
 
     def __call__(
-        self, inputs: Any, *args: Any, num_workers: int | None = None, batch_size: int | None = None, **kwargs: Any
+        self,
+        inputs: Any = None,
+        *args: Any,
+        class_labels: int | Sequence[int] | torch.Tensor | None = None,
+        features: torch.Tensor | Sequence[torch.Tensor] | None = None,
+        feature_mask: torch.Tensor | None = None,
+        num_workers: int | None = None,
+        batch_size: int | None = None,
+        **kwargs: Any,
     ) -> Any:
         """Make images; see the class."""
         del num_workers  # reading prompts needs no workers
         if args:
             raise TypeError(f"pass everything but the prompt by name, got {len(args) + 1} positional arguments")
         parameters = {**self._forward_params, **self._sanitize_parameters(**kwargs)[1]}
-        self._check(parameters, prompts=len(inputs) if isinstance(inputs, (list, tuple)) else 1)
         size = self._batch_size if batch_size is None else batch_size
         if size is not None and (isinstance(size, bool) or not isinstance(size, int) or size < 1):
             raise ValueError(f"batch_size must be a positive integer (images generated together), got {size!r}")
-        if isinstance(inputs, str):
-            return next(self._outputs([self._prompt(inputs)], size, parameters, total=1))
-        if isinstance(inputs, (list, tuple)):
-            if not inputs:
-                raise ValueError("got an empty list of prompts: give at least one")
-            prompts = self.check_prompts(inputs)  # all of them, before the first is generated
-            return list(self._outputs(prompts, size, parameters, total=len(prompts)))
-        if not isinstance(inputs, Iterable) and not hasattr(inputs, "__getitem__"):
-            raise TypeError(f"prompts must be text or a list of texts, got {type(inputs).__name__}")
-        return self._outputs((self._prompt(item) for item in inputs), size, parameters, total=None)
+        asked = asked_for(inputs, class_labels, features, feature_mask, self._adapter, self._prompt)
+        self._check(parameters, prompts=asked.total or 1)
+        outputs = self._outputs(asked.prompts, size, parameters, total=asked.total)
+        if asked.single:
+            return next(outputs)
+        return outputs if asked.total is None else list(outputs)
 
     @property
     def image_grid(self) -> ImageGrid:
@@ -141,6 +134,15 @@ class TextToImagePipeline(Pipeline):
             ValueError: for an empty prompt, or one that the model cannot read.
         """
         return [self._prompt(prompt) for prompt in prompts]
+
+    def check_class_labels(self, labels: Iterable[int]) -> list[Any]:
+        """What stands for class labels in the outputs, "class 207", without generating anything.
+
+        Raises:
+            TypeError: for a label that is no integer.
+            ValueError: for a label out of range, or a model that draws no classes.
+        """
+        return self._adapter.label_prompts(list(labels))
 
     def settings(self) -> dict[str, Any]:
         """What decides about the tokens of an image beside model, prompt and seed, as plain values."""
@@ -176,7 +178,7 @@ class TextToImagePipeline(Pipeline):
         return {}, given, {}
 
     def preprocess(
-        self, prompts: list[str], negative_prompt: str | None = None, grid: ImageGrid | None = None
+        self, prompts: list[Any], negative_prompt: str | None = None, grid: ImageGrid | None = None
     ) -> dict[str, Any]:
         """Encode checked prompts, one row per image."""
         return {"prompts": self._adapter.encode(prompts, negative_prompt, grid)}
@@ -250,26 +252,26 @@ class TextToImagePipeline(Pipeline):
             self._prompt(negative)
 
     def _outputs(
-        self, prompts: Iterable[str], batch_size: int | None, parameters: dict[str, Any], total: int | None
+        self, prompts: Iterable[Any], batch_size: int | None, parameters: dict[str, Any], total: int | None
     ) -> Iterator[ImageOutput]:
         """Generate run by run and give out every prompt's images once all are there."""
         count = parameters.get("num_images", 1)
         jobs = (
-            _Job(index, prompt, seed)
+            ImageJob(index, prompt, seed)
             for index, prompt in enumerate(prompts)
             for seed in image_seeds(parameters.get("seed"), count, index=index, prompts=total)
         )
-        waiting: list[_Made] = []
+        waiting: list[MadeImage] = []
         grid = self._grid(parameters)
         tokens = None if total is None else total * count * (grid.start + grid.tokens)
         with token_bar(tokens, show=bool(parameters.get("progress", False))) as advance:
             while run := list(islice(jobs, batch_size or count)):
                 waiting += self._run(run, parameters, partial(advance, len(run)))
                 while len(waiting) >= count:
-                    yield _collect(waiting[:count])
+                    yield collect(waiting[:count])
                     waiting = waiting[count:]
 
-    def _run(self, jobs: list[_Job], parameters: dict[str, Any], on_token: Any) -> list[_Made]:
+    def _run(self, jobs: list[ImageJob], parameters: dict[str, Any], on_token: Any) -> list[MadeImage]:
         """Generate the images of `jobs` together."""
         negative = parameters.get("negative_prompt")
         encoded = self.preprocess(
@@ -288,22 +290,6 @@ class TextToImagePipeline(Pipeline):
         images = self.postprocess(made)
         kept = made["kept"] or [None] * len(jobs)
         return [
-            _Made(job, image, tokens, held, made["report"])
+            MadeImage(job, image, tokens, held, made["report"])
             for job, image, tokens, held in zip(jobs, images, made["tokens"], kept)
         ]
-
-
-def _collect(made: list[_Made]) -> ImageOutput:
-    """One prompt's images, in order, from one or several runs."""
-    import torch
-
-    reports = list({id(item.report): item.report for item in made}.values())
-    kept = [item.kept for item in made if item.kept is not None]
-    return ImageOutput(
-        images=[item.image for item in made],
-        report=merge_reports(reports),
-        prompts=[item.job.prompt for item in made],
-        seeds=[item.job.seed for item in made],
-        tokens=torch.stack([item.tokens for item in made]),
-        kept_tokens=kept or None,
-    )

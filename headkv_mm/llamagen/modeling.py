@@ -256,7 +256,8 @@ class LlamaGenForConditionalGeneration(LlamaGenPreTrainedModel, ImageGenerationM
     def _draw(self, image_tokens: torch.Tensor) -> torch.Tensor:
         """Pixels uint8 [1, height, width, 3] of tokens [1, T] from the VQ decoder, whose pixels lie in [-1, 1]."""
         values = self.vq_model.decode(image_tokens).float()  # type: ignore[union-attr, operator]  # [1, 3, h, w]
-        return ((values.clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8).permute(0, 2, 3, 1)
+        pixels: torch.Tensor = ((values.clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8)
+        return pixels.permute(0, 2, 3, 1)
 
 
 def _vq_decoder(config: Any) -> nn.Module | None:

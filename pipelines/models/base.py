@@ -207,6 +207,30 @@ class ImageModelAdapter(ABC):
             seeds: one per image, for decoders that draw random numbers.
         """
 
+    def label_prompts(self, labels: Sequence[int]) -> list[Any]:
+        """What stands for class labels among the prompts, for models that draw classes.
+
+        Raises:
+            ValueError: for a label out of range, or a model without classes.
+        """
+        raise ValueError(f"{self.architecture} models draw texts, not classes: give prompts in place of class_labels")
+
+    def feature_prompts(self, features: Any, mask: torch.Tensor | None) -> list[Any]:
+        """What stands for a text encoder's features among the prompts, for models that read those.
+
+        Raises:
+            ValueError: for another shape, or a model that reads no features.
+        """
+        raise ValueError(f"{self.architecture} models read no text features: leave features out")
+
+    def bind_text_encoder(self, encoder: Any) -> None:
+        """Read prompts with a text encoder, for models that need one beside them.
+
+        Raises:
+            ValueError: if it does not fit, or the model needs none.
+        """
+        raise ValueError(f"{self.architecture} models read prompts without a text encoder: leave text_encoder out")
+
     def sampling_for(self, sampling: Sampling, grid: ImageGrid) -> Sampling:
         """`effective_sampling`, for models whose defaults depend on the grid that is drawn."""
         return self.effective_sampling(sampling)

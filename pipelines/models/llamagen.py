@@ -3,13 +3,13 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
 
 from headkv_mm.pipelines.models.base import EncodedPrompts, GeneratedTokens, ImageModelAdapter, Sampling
+from headkv_mm.pipelines.models.llamagen_prompts import ClassReader, FeatureReader, reader_for
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -24,8 +24,7 @@ _MODEL_TYPE = "headkv_llamagen"
 class LlamaGenAdapter(ImageModelAdapter):
     """Llama blocks on a grid of image tokens (arXiv:2406.06525); guidance doubles the batch.
 
-    A model whose words are those of the scene grammar gets its prompts through that grammar, so that "a red circle
-    top left" works; any other tokenizer reads the prompt as it stands.
+    What a prompt is depends on the model: see `headkv_mm.pipelines.models.llamagen_prompts`.
     """
 
     architecture = "LlamaGen"
@@ -33,11 +32,18 @@ class LlamaGenAdapter(ImageModelAdapter):
     def __init__(
         self, model: PreTrainedModel, tokenizer: Any = None, processor: Any = None, image_decoder: Any = None
     ) -> None:
-        """Bind the model and find its tokenizer: the one given, the one in its folder, or the scene vocabulary."""
+        """Bind the model and what reads its prompts.
+
+        Raises:
+            ValueError: if the model has no decoder, or a tokenizer is missing.
+        """
         super().__init__(model, tokenizer, processor, image_decoder)
-        if self.tokenizer is None:
-            self.tokenizer = _own_tokenizer(model)
-        self._speaks_scenes = _speaks_scenes(self.tokenizer)
+        if model.config.patch_size is None and model.config.vq_config is None:
+            raise ValueError(
+                "this LlamaGen model has no image decoder: convert it again with --vq and the tokenizer's checkpoint"
+            )
+        self._reader = reader_for(model, tokenizer)
+        self.tokenizer = self._reader.tokenizer
 
     @classmethod
     def recognises(cls, config: PreTrainedConfig) -> bool:
@@ -52,20 +58,26 @@ class LlamaGenAdapter(ImageModelAdapter):
         return ImageGrid(self.model.config.image_height, self.model.config.image_width)
 
     def check_prompt(self, prompt: str) -> str:
-        """The canonical caption, or the prompt itself if it is short enough.
+        """The prompt as the model reads it; see `PromptReader`."""
+        return self._reader.check(prompt)
 
-        Raises:
-            ValueError: for words outside the grammar, or too many tokens.
-        """
-        if self._speaks_scenes:
-            from headkv_mm.demo.captions import parse_caption
+    def label_prompts(self, labels: Sequence[int]) -> list[Any]:
+        """Prompts "class 207", if the model draws classes."""
+        if not isinstance(self._reader, ClassReader):
+            raise ValueError("this LlamaGen model draws texts, not classes: give prompts in place of class_labels")
+        return list(self._reader.of_labels(labels))
 
-            return str(parse_caption(prompt))
-        limit = self.model.config.max_prompt_length
-        length = len(self.tokenizer(prompt)["input_ids"])
-        if length > limit:
-            raise ValueError(f"the prompt has {length} tokens, this model reads at most {limit}: shorten it")
-        return prompt
+    def feature_prompts(self, features: Any, mask: torch.Tensor | None) -> list[Any]:
+        """Prompts of a T5 encoder's features, if the model reads those."""
+        if not isinstance(self._reader, FeatureReader):
+            raise ValueError("this LlamaGen model reads no text features: leave features out")
+        return list(self._reader.of_features(features, mask))
+
+    def bind_text_encoder(self, encoder: Any) -> None:
+        """Read texts with a T5 encoder, if the model reads its features."""
+        if not isinstance(self._reader, FeatureReader):
+            raise ValueError("this LlamaGen model reads prompts without a text encoder: leave text_encoder out")
+        self._reader.bind_text_encoder(encoder)
 
     def effective_sampling(self, sampling: Sampling) -> Sampling:
         """`sampling`, then the model's generation config, then no guidance and plain sampling."""
@@ -74,11 +86,13 @@ class LlamaGenAdapter(ImageModelAdapter):
     def encode(
         self, prompts: Sequence[str], negative_prompt: str | None = None, grid: ImageGrid | None = None
     ) -> EncodedPrompts:
-        """Ids and mask [B, P], padded on the left, and those of the negative prompt [1, P]."""
-        ids, mask = self._tokens(list(prompts))
-        inputs = {"input_ids": ids, "attention_mask": mask}
+        """The prompts and their mask [B, P], padded on the left, and the same of the negative prompt."""
+        reader = self._reader
+        given, mask = reader.read(prompts)
+        inputs = {reader.argument: given, "attention_mask": mask}
         if negative_prompt is not None:
-            inputs["negative_prompt_ids"], inputs["negative_prompt_attention_mask"] = self._tokens([negative_prompt])
+            away, away_mask = reader.read([negative_prompt])
+            inputs.update({reader.negative_argument: away, "negative_prompt_attention_mask": away_mask})
         return EncodedPrompts(inputs, mask.sum(dim=1), grid or self.grid, tuple(prompts))
 
     def generate(
@@ -106,7 +120,7 @@ class LlamaGenAdapter(ImageModelAdapter):
         return GeneratedTokens(tokens, [cache])
 
     def decode(self, tokens: torch.Tensor, prompts: EncodedPrompts, seeds: Sequence[int]) -> list[Image]:
-        """RGB pictures from the model's codebook."""
+        """RGB pictures from the model's decoder."""
         from PIL import Image
 
         pixels = self.model.decode_image_tokens(tokens.to(self.model.device))
@@ -121,7 +135,7 @@ class LlamaGenAdapter(ImageModelAdapter):
             from headkv_mm.cache import HeadKVCache
 
             return HeadKVCache(self.model, compression, image_grid=self.grid)
-        rows, columns = prompts.inputs["input_ids"].shape
+        rows, columns = prompts.inputs["attention_mask"].shape
         return self.model._prepare_static_cache(
             cache_implementation="static",
             batch_size=2 * rows if guided else rows,
@@ -129,40 +143,3 @@ class LlamaGenAdapter(ImageModelAdapter):
             prefill_chunk_size=None,
             model_kwargs={},
         )
-
-    def _tokens(self, prompts: list[str]) -> tuple[torch.Tensor, torch.Tensor]:
-        """Ids and mask int64 [B, P], padded on the left."""
-        encoded = self.tokenizer(
-            prompts,
-            padding="max_length",
-            max_length=self.model.config.max_prompt_length,
-            padding_side="left",
-            return_tensors="pt",
-        )
-        return encoded["input_ids"], encoded["attention_mask"]
-
-
-def _speaks_scenes(tokenizer: Any) -> bool:
-    """Whether the tokenizer's words are those of the scene grammar."""
-    from headkv_mm.demo.tokenizer import WORDS
-
-    return set(tokenizer.get_vocab()) == set(WORDS)
-
-
-def _own_tokenizer(model: PreTrainedModel) -> Any:
-    """The tokenizer that lies in the model's folder, or the scene vocabulary if its size fits.
-
-    Raises:
-        ValueError: if there is neither.
-    """
-    folder = str(getattr(model, "name_or_path", "") or "")
-    if os.path.isfile(os.path.join(folder, "tokenizer_config.json")):
-        from transformers import AutoTokenizer
-
-        return AutoTokenizer.from_pretrained(folder)
-    from headkv_mm.demo.tokenizer import WORDS, build_tokenizer
-
-    first_word = model.config.codebook_size
-    if model.config.get_text_config().vocab_size - first_word == len(WORDS):
-        return build_tokenizer(first_word)
-    raise ValueError("this LlamaGen model came without a tokenizer: pass tokenizer=")
