@@ -25,3 +25,42 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     if not torch.cuda.is_available():
         for item in marked:
             item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
+
+
+@pytest.fixture(scope="session")
+def small_image_model(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """A model folder with random weights and a grid of 6x6 tokens, so that a run takes a moment only."""
+    import torch
+
+    from headkv_mm.demo.tokenizer import BOI, BOS, MAX_PROMPT_LENGTH, NULL, PAD, WORDS, build_tokenizer
+    from headkv_mm.llamagen import LlamaGenConfig, LlamaGenForConditionalGeneration
+
+    codes = 12
+    ids = {word: codes + index for index, word in enumerate(WORDS)}
+    config = LlamaGenConfig(
+        text_config={
+            "model_type": "llama",
+            "vocab_size": codes + len(WORDS),
+            "hidden_size": 16,
+            "intermediate_size": 16,
+            "num_hidden_layers": 2,
+            "num_attention_heads": 2,
+            "num_key_value_heads": 2,
+            "bos_token_id": None,
+            "eos_token_id": None,
+        },
+        image_height=6,
+        image_width=6,
+        codebook_size=codes,
+        max_prompt_length=MAX_PROMPT_LENGTH,
+        patch_size=2,
+        pad_token_id=ids[PAD],
+        bos_token_id=ids[BOS],
+        boi_token_id=ids[BOI],
+        null_token_id=ids[NULL],
+    )
+    torch.manual_seed(0)
+    folder = tmp_path_factory.mktemp("model")
+    LlamaGenForConditionalGeneration(config).save_pretrained(folder)
+    build_tokenizer(codes).save_pretrained(folder)
+    return str(folder)

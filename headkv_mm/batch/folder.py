@@ -174,7 +174,7 @@ class ImageFolder:
 
     def _is_whole(self, record: Record) -> bool:
         try:
-            return (self.path / record["file"]).stat().st_size == record["file_bytes"]
+            return bool((self.path / record["file"]).stat().st_size == record["file_bytes"])
         except OSError:
             return False
 

@@ -67,5 +67,5 @@ def _longest(pipe: TextToImagePipeline, prompts: Sequence[Prompt]) -> int:
         except ValueError:
             continue
         columns = [value.shape[-1] for name, value in encoded.inputs.items() if name == "attention_mask"]
-        return max([*columns, int(encoded.condition_lengths.max())])
+        return int(max([*columns, int(encoded.condition_lengths.max())]))
     return 1

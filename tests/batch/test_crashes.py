@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -56,7 +57,7 @@ def test_death_at_every_step(tmp_path: Path, undisturbed: dict[str, bytes], befo
     assert steps > 40
     for step in range(steps):
         path = tmp_path / f"{step}"
-        assert support.die_at(step, lambda: support.run(path, PROMPTS, ranks=ranks, order=1), before=before)
+        assert support.die_at(step, partial(support.run, path, PROMPTS, ranks=ranks, order=1), before=before)
         resume(path, ranks=1 + step % 3)
         assert support.contents(path) == undisturbed, f"step {step} of {steps}"
         assert not list(path.glob(".*")), "no working files stay behind"
@@ -68,7 +69,7 @@ def test_several_deaths_in_a_row(tmp_path: Path, undisturbed: dict[str, bytes]) 
         path = tmp_path / str(trial)
         while support.die_at(
             dice.randrange(40),
-            lambda: support.run(path, PROMPTS, ranks=dice.choice((1, 2, 3)), order=trial),
+            partial(support.run, path, PROMPTS, ranks=dice.choice((1, 2, 3)), order=trial),
             before=dice.random() < 0.5,
         ):
             assert committed(path) <= {f"{number:05d}" for number in range(1, 6)}
