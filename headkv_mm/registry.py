@@ -15,7 +15,7 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
-from .pieces import Allocator, Schedule, Scorer, Selector
+from .pieces import Allocator, ModelAllocator, Schedule, Scorer, Selector
 from .plan import Plan
 
 KINDS = ("image", "text")
@@ -30,6 +30,18 @@ class Pieces:
     allocator: Allocator
     selector: Selector
     schedule: Schedule
+
+    def __post_init__(self) -> None:
+        """Refuse pieces that do not go together.
+
+        Raises:
+            ValueError: naming them.
+        """
+        if self.selector.remembers and isinstance(self.allocator, ModelAllocator) and self.allocator.over_layers:
+            raise ValueError(
+                f"{type(self.selector).__name__} looks at the last queries, which are gone when the layers have divided "
+                "one budget among them; use scope='layer', or another selector"
+            )
 
     def prompt_queries(self, plan: Plan) -> int:
         """How many of a prompt's last queries the decision at its end looks at, at least one."""
