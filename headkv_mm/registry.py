@@ -39,7 +39,7 @@ class Pieces:
         """
         if self.selector.remembers and isinstance(self.allocator, ModelAllocator) and self.allocator.over_layers:
             raise ValueError(
-                f"{type(self.selector).__name__} looks at the last queries, which are gone when the layers have divided "
+                f"{type(self.selector).__name__} needs the last queries, which are gone when the layers have divided "
                 "one budget among them; use scope='layer', or another selector"
             )
 
