@@ -205,6 +205,8 @@ def plan_memory(
         )
     parsed = Compression.parse(compression, budget=budget, **options)
     dtype = dtype or getattr(text, "dtype", None) or torch.float32
+    if isinstance(dtype, str):  # what save_pretrained leaves in a configuration
+        dtype = getattr(torch, dtype)
     kv_heads = getattr(text, "num_key_value_heads", None) or text.num_attention_heads
     head_dim = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
     itemsize = torch.empty(0, dtype=dtype).element_size()
