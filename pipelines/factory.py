@@ -37,7 +37,8 @@ def pipeline(
     Args:
         task: "text-to-image", "text-generation", "long-document-question-answering", or any task of transformers
             without compression.
-        model: folder, name or loaded model; the embedded model if None. Without a `dtype`, weights saved in half
+        model: folder, name or loaded model; the embedded model if None. For images also a diffusers folder or pipeline
+            with an autoregressive stage (GLM-Image). Without a `dtype`, weights saved in half
             precision become float32 on the CPU.
         kv_compression: name of a method, such as "headkv"; see `headkv_mm.methods()`. "none" for the full cache.
         kv_budget: share of the entries kept per KV head (of the image's, or of the tokens seen), entries per KV head,
@@ -67,6 +68,7 @@ def pipeline(
 
 
 def _text_to_image(model: Any, kv: KVArguments, arguments: dict[str, Any]) -> Pipeline:
+    from headkv_mm.pipelines import diffusers_pipelines as diffusers
     from headkv_mm.pipelines.loading import load_image_model
     from headkv_mm.pipelines.models import adapter_class_for
     from headkv_mm.pipelines.text_to_image import TextToImagePipeline
@@ -81,8 +83,13 @@ def _text_to_image(model: Any, kv: KVArguments, arguments: dict[str, Any]) -> Pi
     if isinstance(model, str | os.PathLike):
         folder = os.fspath(model)
         loading = _loading(arguments)
-        model = load_image_model(folder, **loading)
-        _add_processing(folder, adapter_class_for(model.config).needs_processor, arguments, _hub(loading))
+        if diffusers.is_diffusers_folder(folder, **_hub(loading)):
+            model = diffusers.load_diffusers_pipeline(folder, **loading)
+        else:
+            model = load_image_model(folder, **loading)
+            _add_processing(folder, adapter_class_for(model.config).needs_processor, arguments, _hub(loading))
+    if diffusers.is_diffusers_pipeline(model):
+        model = diffusers.model_of(model, arguments)
     arguments.setdefault("pipeline_class", TextToImagePipeline)
     return _assemble(TASK, model, kv, arguments, widen=as_saved)
 

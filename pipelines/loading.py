@@ -33,8 +33,8 @@ def load_image_model(folder: str | os.PathLike[str], **load_arguments: Any) -> P
 
     register()
     if os.path.isfile(os.path.join(os.fspath(folder), "model_index.json")):
-        raise ValueError(f"{os.fspath(folder)} is a diffusers folder: its model has no adapter here yet")
-    return _load(os.fspath(folder), AutoModelForMultimodalLM, adapter_class_for, load_arguments)
+        raise ValueError(f"{os.fspath(folder)} is a diffusers folder: load it with headkv_mm.pipeline(model=...)")
+    return load_complete(os.fspath(folder), AutoModelForMultimodalLM, adapter_class_for, load_arguments)
 
 
 def load_text_model(folder: str | os.PathLike[str], **load_arguments: Any) -> PreTrainedModel:
@@ -54,7 +54,7 @@ def load_text_model(folder: str | os.PathLike[str], **load_arguments: Any) -> Pr
     """
     from transformers import AutoModelForCausalLM
 
-    return _load(os.fspath(folder), AutoModelForCausalLM, None, load_arguments, foreign_allowed=True)
+    return load_complete(os.fspath(folder), AutoModelForCausalLM, None, load_arguments, foreign_allowed=True)
 
 
 def load_tokenizer(folder: str | os.PathLike[str], **hub: Any) -> PreTrainedTokenizerBase:
@@ -102,7 +102,7 @@ def load_processor(folder: str | os.PathLike[str], **hub: Any) -> ProcessorMixin
     return processor
 
 
-def _load(
+def load_complete(
     name: str,
     auto_class: Any,
     check: Callable[[Any], object] | None,

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from headkv_mm.pipelines.models.base import ImageModelAdapter
 from headkv_mm.pipelines.models.emu3 import Emu3Adapter
+from headkv_mm.pipelines.models.glm_image import GlmImageAdapter
 from headkv_mm.pipelines.models.janus import JanusAdapter
 from headkv_mm.pipelines.models.llamagen import LlamaGenAdapter
 
@@ -17,6 +18,7 @@ _ADAPTERS: list[type[ImageModelAdapter]] = [
     LlamaGenAdapter,
     JanusAdapter,
     Emu3Adapter,
+    GlmImageAdapter,
 ]
 
 __all__ = ["adapter_class_for", "adapter_for", "architectures", "register_adapter"]

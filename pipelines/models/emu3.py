@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from headkv_mm.pipelines.models.base import EncodedPrompts, GeneratedTokens, ImageModelAdapter, Sampling
+from headkv_mm.pipelines.models.special_tokens import without_special_tokens
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -52,7 +53,6 @@ class Emu3Adapter(ImageModelAdapter):
                 "draws, such as Emu3-Gen"
             )
         self._newline = torch.tensor([newline])
-        self._special = [getattr(processor, name) for name in _SPECIAL if getattr(processor, name, None)]
         self._own_grid = self._sized_grid(*processor(text=[""], return_for_image_generation=True)["image_sizes"][0])
 
     @classmethod
@@ -90,10 +90,7 @@ class Emu3Adapter(ImageModelAdapter):
         Raises:
             ValueError: if it holds one of the tokens that surround images.
         """
-        for token in self._special:
-            if token in prompt:
-                raise ValueError(f"the prompt holds {token!r}, which the processor writes itself: leave it out")
-        return prompt
+        return without_special_tokens(prompt, self.processor, _SPECIAL)
 
     def effective_sampling(self, sampling: Sampling) -> Sampling:
         """`sampling`, then the model's generation config, then guidance 3 and top-k 2048 as published."""
@@ -142,6 +139,7 @@ class Emu3Adapter(ImageModelAdapter):
         grid = prompts.grid
         ids, mask = prompts.inputs["input_ids"], prompts.inputs["attention_mask"]
         codes, newline = self._codes.to(ids.device), self._newline.to(ids.device)
+        compresses = compression.resolve().compresses
         guidance = None
         if sampling.guidance_scale is not None and sampling.guidance_scale != 1:
             guidance = stock_loop.GuidanceOnCache(
@@ -149,7 +147,7 @@ class Emu3Adapter(ImageModelAdapter):
                 self.model,
                 prompts.inputs["negative_prompt_ids"].expand(len(ids), -1),
                 prompts.inputs["negative_prompt_attention_mask"].expand(len(ids), -1),
-                stock_loop.compressed_cache(self.model, compression, grid),
+                self.new_cache(compression, grid) if compresses else None,
             )
         draw = stock_loop.DrawTokens(
             ids.shape[1],
@@ -169,7 +167,7 @@ class Emu3Adapter(ImageModelAdapter):
             {"input_ids": ids, "attention_mask": mask},
             steps=grid.tokens,
             processors=[draw] if guidance is None else [guidance, draw],
-            cache=stock_loop.compressed_cache(self.model, compression, grid),
+            cache=self.new_cache(compression, grid) if compresses else None,
         )
         return GeneratedTokens(tokens, [cache] if guidance is None else [cache, guidance.cache])
 

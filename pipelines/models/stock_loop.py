@@ -16,8 +16,6 @@ from transformers.generation import (
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-    from headkv_mm.compression import Compression
-    from headkv_mm.image_grid import ImageGrid
     from headkv_mm.image_sampling import TokenDrawer
 
 
@@ -77,15 +75,6 @@ class GuidanceOnCache(UnbatchedClassifierFreeGuidanceLogitsProcessor):
     def cache(self) -> Any:
         """The cache of the second branch."""
         return self.unconditional_context["past_key_values"]
-
-
-def compressed_cache(model: PreTrainedModel, compression: Compression, grid: ImageGrid) -> Any:
-    """An empty compressed cache, or None where nothing is compressed: `generate` then makes its own."""
-    if not compression.resolve().compresses:
-        return None
-    from headkv_mm.cache import HeadKVCache
-
-    return HeadKVCache(model, compression, image_grid=grid)
 
 
 def generate_tokens(

@@ -86,7 +86,7 @@ def stock(model: Any, processor: Any, prompts: list[str], negative: str, grid: I
         )
         for texts in (prompts, [negative] * len(prompts))
     )
-    start, mapping = made["input_ids"].shape[1], model.vocabulary_mapping
+    start, mapping = made["input_ids"].shape[1], model.model.vocabulary_mapping
     stride, ids = grid.width + 1, processor.tokenizer.get_vocab()
 
     def allowed(row: int, sequence: Tensor) -> list[int]:
