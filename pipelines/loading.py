@@ -10,6 +10,8 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase, ProcessorMixin
 
+    from headkv_mm.pipelines.models.base import ImageModelAdapter
+
 
 def load_image_model(folder: str | os.PathLike[str], **load_arguments: Any) -> PreTrainedModel:
     """Load a model that an adapter can drive.
@@ -71,7 +73,11 @@ def load_tokenizer(folder: str | os.PathLike[str], **hub: Any) -> PreTrainedToke
 
     name = os.fspath(folder)
     try:
-        return AutoTokenizer.from_pretrained(name, **hub)
+        tokenizer = AutoTokenizer.from_pretrained(name, **hub)
+        # Where a folder has no vocabulary, some classes make a tokenizer of their special tokens alone.
+        if not tokenizer.get_vocab().keys() - set(tokenizer.all_special_tokens):
+            raise ValueError("its vocabulary is empty")
+        return tokenizer
     except Exception as error:  # the tokenizers library raises plain Exception for a broken file
         raise ValueError(
             f"{name} has no tokenizer that can be read ({first_line(error)}): put its tokenizer.json there, or pass "
@@ -105,12 +111,12 @@ def load_processor(folder: str | os.PathLike[str], **hub: Any) -> ProcessorMixin
 def load_complete(
     name: str,
     auto_class: Any,
-    check: Callable[[Any], object] | None,
+    check: Callable[[Any], type[ImageModelAdapter]] | None,
     load_arguments: dict[str, Any],
     *,
     foreign_allowed: bool = False,
 ) -> PreTrainedModel:
-    """The model of a folder, complete; `check` refuses configurations that are not served.
+    """The model of a folder, complete; `check` gives its adapter, or refuses configurations that are not served.
 
     Published language models often carry tensors for other uses beside a complete model: `foreign_allowed`.
     """
@@ -128,14 +134,13 @@ def load_complete(
         config = AutoConfig.from_pretrained(name, **hub)
     except (ValueError, TypeError) as error:
         raise ValueError(f"the configuration of {name} cannot be read: {first_line(error)}") from error
-    if check is not None:
-        check(config)
+    unused = () if check is None else check(config).unused_tensors
     try:
         model, info = auto_class.from_pretrained(name, config=config, output_loading_info=True, **load_arguments)
     except (SafetensorError, RuntimeError, ValueError, KeyError) as error:
         raise ValueError(f"the weights in {name} cannot be read: {first_line(error)}") from error
     missing = sorted(str(key) for key in (*info["missing_keys"], *info["mismatched_keys"]))
-    foreign = sorted(str(key) for key in info["unexpected_keys"])
+    foreign = sorted(key for key in map(str, info["unexpected_keys"]) if not key.startswith(unused))
     if missing or (foreign and not foreign_allowed):
         what = f"{len(missing)} tensors are missing or of another size" if missing else ""
         more = f"{len(foreign)} belong to another model" if foreign else ""

@@ -6,6 +6,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from headkv_mm.pipelines.models.base import ImageModelAdapter
+from headkv_mm.pipelines.models.chameleon import ChameleonAdapter
 from headkv_mm.pipelines.models.emu3 import Emu3Adapter
 from headkv_mm.pipelines.models.glm_image import GlmImageAdapter
 from headkv_mm.pipelines.models.janus import JanusAdapter
@@ -17,6 +18,7 @@ if TYPE_CHECKING:
 _ADAPTERS: list[type[ImageModelAdapter]] = [
     LlamaGenAdapter,
     JanusAdapter,
+    ChameleonAdapter,
     Emu3Adapter,
     GlmImageAdapter,
 ]
