@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The command line: `headkv-mm generate | ask | heads | plan | methods | doctor | evaluate`."""
+"""The command line: `headkv-mm generate | ask | heads | plan | convert | methods | doctor | evaluate`."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import sys
 from collections.abc import Callable, Sequence
 from typing import NoReturn
 
-from headkv_mm.commands import ask, doctor, generate, heads, methods, plan
+from headkv_mm.commands import ask, convert, doctor, generate, heads, methods, plan
 from headkv_mm.evaluation import command as evaluate
 
 PROGRAM = "headkv-mm"
@@ -18,6 +18,7 @@ COMMANDS = {
     "ask": ask,
     "heads": heads,
     "plan": plan,
+    "convert": convert,
     "methods": methods,
     "doctor": doctor,
     "evaluate": evaluate,

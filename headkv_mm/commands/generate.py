@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from headkv_mm.commands.compile_kernels import compile_cpu_kernels
 from headkv_mm.commands.devices import usable_device
-from headkv_mm.commands.option_values import budget, grid, option, whole_number
+from headkv_mm.commands.option_values import budget, class_labels, grid, option, whole_number
 from headkv_mm.commands.output_folder import OutputFolder
 from headkv_mm.commands.pictures import enlarged
 
@@ -35,7 +35,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="draw a whole list, on as many processes as were started: .txt with a prompt per line, .jsonl with "
         "id, prompt (or class) and seed, or - for standard input; the same command goes on after an interruption",
     )
+    parser.add_argument(
+        "--class-labels",
+        type=class_labels,
+        metavar="N,N,...",
+        help="draw these classes, such as 207,360, with a model that draws classes",
+    )
     parser.add_argument("--model", metavar="FOLDER", help="model folder (default: the embedded model)")
+    parser.add_argument(
+        "--text-encoder", metavar="FOLDER", help="T5 encoder with tokenizer, for models that read its features"
+    )
     place = parser.add_mutually_exclusive_group()
     place.add_argument("--device", help='"cpu", "cuda", ... (default: an accelerator if there is one)')
     place.add_argument("--device-map", metavar="MAP", help='"auto": spread a model over several accelerators')
@@ -110,8 +119,10 @@ class Variant:
 
 def run(args: argparse.Namespace) -> int:
     """Draw, write the files, print a table."""
-    if bool(args.prompts) == (args.prompts_file is not None):
-        raise ValueError("give either a PROMPT (one or more) or --prompts FILE (see headkv-mm generate --help)")
+    if bool(args.prompts) + (args.prompts_file is not None) + (args.class_labels is not None) != 1:
+        raise ValueError(
+            "give either a PROMPT (one or more), or --prompts FILE, or --class-labels (see headkv-mm generate --help)"
+        )
     if args.prompts_file is not None:
         from headkv_mm.commands.generate_many import run_many
 
@@ -122,6 +133,8 @@ def run(args: argparse.Namespace) -> int:
         )
     with OutputFolder(args.output) as folder:
         pipe = _pipeline(args, device=args.device)
+        if args.class_labels is not None:
+            args.prompts = pipe.check_class_labels(args.class_labels)
         variants = _draw(pipe, args)
         record = _write(folder, variants, pipe, args)
     if args.json:
@@ -152,6 +165,8 @@ def _pipeline(args: argparse.Namespace, *, device: str | None) -> TextToImagePip
         "image_grid": None if args.grid is None else ImageGrid(*args.grid),
         "progress": args.prompts_file is None and not args.no_progress and sys.stderr.isatty(),
     }
+    if args.text_encoder is not None:
+        settings["text_encoder"] = args.text_encoder
     if args.device_map is not None:
         settings["device_map"] = args.device_map
     elif device is not None:

@@ -47,6 +47,14 @@ def grid(text: str) -> tuple[int, int]:
     return int(height), int(width)
 
 
+def class_labels(text: str) -> list[int]:
+    """Class labels: whole numbers with commas between them."""
+    parts = [part.strip() for part in text.split(",")]
+    if not all(part.isdecimal() for part in parts):
+        raise argparse.ArgumentTypeError(f"{text!r} is not understood: write whole numbers, such as 207,360")
+    return [int(part) for part in parts]
+
+
 def whole_number(least: int) -> Callable[[str], int]:
     """A reader of whole numbers from `least` on."""
 
