@@ -35,7 +35,8 @@ def start_processes(device: str | None = None) -> Any:
     from accelerate import PartialState
 
     launched, local = (int(os.environ.get(name, "1")) for name in ("WORLD_SIZE", "LOCAL_WORLD_SIZE"))
-    on_cpu = torch.device(device).type == "cpu" if device is not None else not torch.accelerator.is_available()
+    kind = None if device is None else device.partition(":")[0]
+    on_cpu = kind == "cpu" if kind is not None else not torch.accelerator.is_available()
     if not on_cpu and launched > 1 and local > torch.accelerator.device_count():
         raise ValueError(
             f"{local} processes on a machine with {torch.accelerator.device_count()} accelerators: start one for each, "
@@ -47,6 +48,8 @@ def start_processes(device: str | None = None) -> Any:
             f"{launched} processes were started, but accelerate takes them for {state.num_processes}: "
             "use --device cpu, or start one process"
         )
+    if launched > 1 and kind not in (None, state.device.type):
+        raise ValueError(f"--device {device}: these processes run on {state.device.type}; leave --device out")
     return state
 
 

@@ -26,7 +26,7 @@ def image_bar(count: Callable[[], int], *, total: int, show: bool) -> Iterator[N
 
     stop = threading.Event()
     begun = count()
-    with tqdm(total=total, initial=begun, unit="image", desc="images", leave=False) as bar:
+    with tqdm(total=total, initial=begun, unit="image", desc="images") as bar:
 
         def follow() -> None:
             while not stop.wait(_INTERVAL):

@@ -6,7 +6,6 @@ from __future__ import annotations
 import io
 import json
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -26,10 +25,9 @@ LIST = """\
 
 
 @pytest.fixture(autouse=True)
-def _plain_kernels(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+def _plain_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HEADKV_MM_KERNELS", "reference")
     monkeypatch.setattr(compile_kernels, "compile_cpu_kernels", lambda dtypes: 0.0)
-    yield
 
 
 @pytest.fixture
@@ -64,8 +62,9 @@ def test_a_list(small_image_model: str, prompts: str, tmp_path: Path, capsys: py
     assert config["made_with"]["versions"]["torch"]
     timings = read_lines(out / "timings.jsonl")
     assert sorted(name for timing in timings for name in timing["images"]) == ["00001", "ring"]
-    pipe = headkv_mm.pipeline("text-to-image", small_image_model, device="cpu", kv_compression="headkv")
-    wanted = pipe("red circle top", seed=5, kv_budget=1 / 2, kv_options={"grouping_rows": 2}).images[0]
+    kv = {"kv_compression": "headkv", "kv_budget": 1 / 2, "kv_options": {"grouping_rows": 2}}
+    pipe = headkv_mm.pipeline("text-to-image", small_image_model, device="cpu", **kv)
+    wanted = pipe("red circle top", seed=5).images[0]
     assert Image.open(out / "00001.png").tobytes() == wanted.tobytes()
 
     assert generate(small_image_model, prompts, out, "--json") == 1
