@@ -91,7 +91,11 @@ def measure(bench: Bench, batch: int, args: argparse.Namespace) -> dict[str, Any
             work = bench.shape.workload(dtype=bench.model.dtype, weights=0, guided=args.guidance != 1)
             plan = memory_needed(work, method, batch=batch, budget=parse_budget(budget))
             result["planned_cache_bytes"], result["planned_cache_peak"] = plan.cache_end, plan.cache
-        if args.parts:
+        if found[0]["parts"] is not None:
+            result["parts"] = {
+                name: statistics.median(run["parts"][name] for run in found) for name in found[0]["parts"]
+            }
+        elif args.parts:
             result["parts"] = parts(function, args.device)
         results.append(result)
     return {"batch": batch, "rows": batch if args.guidance == 1 else 2 * batch, "results": results}
@@ -110,7 +114,9 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--dtype", default=None, help="default: bfloat16 on a GPU, float32 on the CPU")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
-    parser.add_argument("--no-parts", dest="parts", action="store_false", help="no extra runs for shares of the time")
+    parser.add_argument(
+        "--no-parts", dest="parts", action="store_false", help="no extra runs for shares of the time on a GPU"
+    )
     parser.add_argument("--json", type=Path, help="also write the result there")
     args = parser.parse_args(argv)
     torch.set_num_threads(args.threads)

@@ -6,7 +6,7 @@ from __future__ import annotations
 import gc
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -107,17 +107,20 @@ def cache_bytes(caches: list[Any], batch: int, bench: Bench) -> int:
 
 
 def once(bench: Bench, batch: int, function: Callable[[], GeneratedTokens], device: str) -> dict[str, Any]:
-    """One run: seconds, memory, bytes, tokens."""
+    """One run: seconds, memory, bytes, tokens; on the CPU, where it costs nothing, also the shares of the time."""
     base = reset_peak(device)
+    clock = None if device.startswith("cuda") else Clock(device)
     wait(device)
     wall, cpu = time.perf_counter(), time.process_time()
-    made = function()
+    with nullcontext() if clock is None else clock.watching():
+        made = function()
     wait(device)
     wall, cpu = time.perf_counter() - wall, time.process_time() - cpu
     peak = peak_memory(device) if base is not None else None
     return {
         "seconds": wall,
         "cpu_seconds": cpu,
+        "parts": None if clock is None else shares(clock.seconds, wall),
         "peak_above_weights": None if peak is None or base is None else peak - base,
         "cache_bytes": cache_bytes(made.caches, batch, bench),
         "tokens": made.tokens.cpu(),
@@ -125,14 +128,18 @@ def once(bench: Bench, batch: int, function: Callable[[], GeneratedTokens], devi
 
 
 def parts(function: Callable[[], GeneratedTokens], device: str) -> dict[str, float]:
-    """Shares of one more run: attention, what the cache does besides, and the rest (the model's matrices)."""
+    """Shares of the time of one more run, for devices that must be waited for to know."""
     clock = Clock(device)
     wait(device)
     began = time.perf_counter()
     with clock.watching():
         function()
     wait(device)
-    whole, seconds = time.perf_counter() - began, clock.seconds
+    return shares(clock.seconds, time.perf_counter() - began)
+
+
+def shares(seconds: dict[str, float], whole: float) -> dict[str, float]:
+    """Attention, what the cache does besides, and the rest (the model's matrices)."""
     attention = seconds.get("attention", 0.0)
     # A compressed layer's step contains its attention; its prompt's attention is outside and very small.
     besides = max(seconds.get("layer", 0.0) - attention, 0.0) if "layer" in seconds else seconds.get("append", 0.0)
