@@ -5,7 +5,7 @@ from __future__ import annotations
 
 from .allocators import HeadTableShares, HeadType, Pooled, Pyramid, Uniform
 from .registry import Pieces, register_method
-from .schedules import AfterGrouping, EachInterval, EachRow
+from .schedules import AfterGrouping, EachInterval, EachRow, TokenSelective
 from .scorers import (
     AccumulatedAttention,
     ExpectedAttention,
@@ -18,7 +18,7 @@ from .scorers import (
     Redundancy,
     WindowAttention,
 )
-from .selectors import Stratified
+from .selectors import MassSegments, Stratified
 
 _BY_SCORE = Stratified(strata_ratio=0.0)
 
@@ -73,6 +73,12 @@ register_method(
     source="arXiv 2407.11550",
 )
 register_method(
+    "fastkv",
+    text=Pieces(WindowAttention(window=8), Uniform(window=8), _BY_SCORE, TokenSelective()),
+    description="As snapkv, and after half of the layers only tokens that the last queries attend to go on.",
+    source="arXiv 2502.01068",
+)
+register_method(
     "pyramidkv",
     text=Pieces(WindowAttention(), Pyramid(), _BY_SCORE, EachInterval()),
     description="Budgets that fall from the first layer to the last; what the last queries attend to.",
@@ -111,6 +117,13 @@ register_method(
     text=Pieces(Redundancy(), Uniform(window=8), _BY_SCORE, EachInterval()),
     description="The same budget for every head; what the last queries attend to and no newer entry repeats.",
     source="arXiv 2505.24133",
+)
+register_method(
+    "ams",
+    image=Pieces(ExpectedAttention(), Uniform(), MassSegments(), EachRow()),
+    text=Pieces(ExpectedAttention(), Uniform(window=8), MassSegments(), EachInterval()),
+    description="Every stretch of the text keeps a quota by its attention, and in it the best by any scorer.",
+    source="arXiv 2605.23200",
 )
 register_method(
     "random",

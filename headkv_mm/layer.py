@@ -17,6 +17,7 @@ from torch import Tensor
 from transformers.cache_utils import CacheLayerMixin
 
 from .budgets import Budget, ImagePlan, StorageCost, image_plan
+from .chosen_mask import chosen_mask
 from .chunk import visible_columns
 from .compressor import LayerCompressor
 from .image_compressor import ImageCompressor
@@ -24,9 +25,11 @@ from .image_grid import ImageGrid
 from .layer_state import LayerState, restored, state_of
 from .memory import storage_cost
 from .model_pool import ModelPool
+from .passed import Passed
 from .pieces import Allocation
 from .plan import LayerPlace, Plan
 from .prompt import Prompt, Reading
+from .propagation import Propagation, Selection, observe_reading
 from .ragged import RaggedKV
 from .registry import Pieces
 from .text_compressor import TextCompressor
@@ -66,6 +69,8 @@ class HeadKVLayer(CacheLayerMixin):
         self.pieces, self.budget, self.grid, self.place = pieces, budget, grid, place
         self.pool = ModelPool()
         """Where it meets the other layers of its cache; see `share_pool`."""
+        self.propagation: Propagation | None = None
+        """What says which tokens go on after one of the layers; see `follow`."""
         self._clear()
 
     def _clear(self) -> None:
@@ -143,7 +148,8 @@ class HeadKVLayer(CacheLayerMixin):
                 f"the cache holds {self._rows()} rows and got keys of {key_states.shape[0]}; use one cache per batch, "
                 "or batch_repeat_interleave to repeat its rows"
             )
-        self.seen += key_states.shape[-2]
+        selection = self._incoming
+        self.seen += key_states.shape[-2] if selection is None else selection.tokens
         if self.keeps_all or self._reading is not None:
             key_states, value_states = self._append_dense(key_states, value_states)
         else:
@@ -218,6 +224,8 @@ class HeadKVLayer(CacheLayerMixin):
         Raises:
             ValueError: once entries were evicted, or for a cut into the prompt.
         """
+        if self.propagation is not None and self._reading is not None:
+            raise ValueError("a prompt that is being read by chosen tokens cannot be cropped; reset the cache instead")
         remove = -tokens if tokens <= 0 else self.seen - tokens
         if remove <= 0:
             return
@@ -256,13 +264,20 @@ class HeadKVLayer(CacheLayerMixin):
         """
         tokens = query.shape[2]
         prefill = tokens > 1 or self.seen == tokens
-        visible = visible_columns(mask, tokens) if prefill else None
-        self._note_padding(visible)
+        selection = self._incoming
+        if selection is None:
+            visible = visible_columns(mask, tokens) if prefill else None
+            self._note_padding(visible)
+        else:
+            visible = selection.passed.visible
+            self._note_padding(selection.real)
+        passed = None if selection is None else selection.passed
         if self.keeps_all:
             return stock()
         if self._reading is not None:
-            needed = 1 if self.pieces is None or self.plan is None else self._prompt_queries(self.pieces, self.plan)
-            self._reading.note(Prompt(query, scale, softcap, sinks), visible, needed)
+            needed = 1 if self.pieces is None or self.plan is None else self.pieces.prompt_queries(self.plan)
+            self._reading.note(Prompt(query, scale, softcap, sinks), visible, needed, passed)
+            self._choose_reading(tokens, visible)
             return stock()
         if torch.is_grad_enabled() and query.requires_grad:
             raise RuntimeError("a compressed cache is for inference; run the model under torch.no_grad()")
@@ -271,13 +286,21 @@ class HeadKVLayer(CacheLayerMixin):
         (keys, values), self._pending = self._pending, None
         if self.compressor is None:
             output = stock()
-            self._start(keys, values, visible, Prompt(query, scale, softcap, sinks))
+            positions = None if passed is None else passed.positions
+            self._start(keys, values, visible, Prompt(query, scale, softcap, sinks, positions), passed)
+            self._choose([0] * query.shape[0], tokens, visible)
             return output
         if not prefill:
             return self.compressor.decode(query, keys, values, scale=scale, softcap=softcap, sinks=sinks), None
         if visible is None:
             visible = torch.ones(keys.shape[0], tokens, dtype=torch.bool, device=keys.device)
-        return self.compressor.append(query, keys, values, visible, scale=scale, softcap=softcap, sinks=sinks), None
+        how: dict[str, Any] = {"scale": scale, "softcap": softcap, "sinks": sinks}
+        if passed is not None:
+            how["passed"] = passed
+        before = self.compressor.row_seen
+        appended = self.compressor.append(query, keys, values, visible, **how)
+        self._choose(before, tokens, visible)
+        return appended, None
 
     def begin_reading(self) -> None:
         """Keep everything until `end_reading`: the chunks to come are one prompt.
@@ -298,9 +321,11 @@ class HeadKVLayer(CacheLayerMixin):
         keys, values = self.keys, self.values
         self.keys = self.values = None
         self._read_bytes = keys.nbytes + values.nbytes
-        self._start(keys, values, reading.visible, reading.prompt)
+        self._start(keys, values, reading.visible, reading.prompt, reading.passed)
 
-    def _start(self, keys: Tensor, values: Tensor, visible: Tensor | None, prompt: Prompt) -> None:
+    def _start(
+        self, keys: Tensor, values: Tensor, visible: Tensor | None, prompt: Prompt, passed: Passed | None = None
+    ) -> None:
         """Hand the prompt to a compressor, or keep it as a stock layer if a budget in bytes turns out to hold all."""
         batch, kv_heads, tokens, _ = keys.shape
         self.place.shard.check(kv_heads)
@@ -308,7 +333,7 @@ class HeadKVLayer(CacheLayerMixin):
             visible = torch.ones(batch, tokens, dtype=torch.bool, device=keys.device)
             row_prompt = [tokens] * batch
         else:
-            row_prompt = visible.sum(-1).tolist()
+            row_prompt = visible.sum(-1).tolist() if passed is None else passed.row_seen
         if self.plan is None and self.pieces is not None:
             self._divide_bytes(self.pieces, keys, prompt.query.shape[1], max(row_prompt))
         if self.plan is None or self.pieces is None or self.plan.keeps_all:
@@ -316,15 +341,26 @@ class HeadKVLayer(CacheLayerMixin):
         elif isinstance(self.plan, ImagePlan):
             self.compressor = ImageCompressor(self.pieces, self.plan, keys, values, visible, row_prompt)
         elif isinstance(self.plan, TextPlan):
+            positions = None if passed is None else passed.positions
             if not bool(visible[:, -1].all()) or bool((visible[:, 1:] < visible[:, :-1]).any()):
                 # Padding between or after tokens: bring it to the left.
                 order = visible.int().argsort(dim=-1, stable=True)  # [B, T]
                 keys, values = (x.take_along_dim(order[:, None, :, None], 2) for x in (keys, values))
                 prompt = prompt.reordered(order)
+                positions = None if positions is None else positions.take_along_dim(order, 1)
             self._dense_bytes = keys.nbytes + values.nbytes
             padding = (~visible).sum(-1, dtype=torch.int32)
             self.compressor = TextCompressor(
-                self.pieces, self.plan, keys, values, padding, row_prompt, prompt.asked(tokens, padding), self.pool
+                self.pieces,
+                self.plan,
+                keys,
+                values,
+                padding,
+                row_prompt,
+                prompt.asked(tokens, padding),
+                self.pool,
+                positions=positions,
+                propagation=self.propagation if self._chooses else None,
             )
 
     def _divide_bytes(self, pieces: Pieces, keys: Tensor, query_heads: int, longest: int) -> None:
@@ -342,15 +378,66 @@ class HeadKVLayer(CacheLayerMixin):
         )
         self._set_plan(self._make_plan(pieces, cost))
 
-    def _prompt_queries(self, pieces: Pieces, plan: Plan) -> int:
-        """How many of a prompt's last queries the decision at its end looks at."""
-        return max(pieces.scorer.queries_needed(plan, decoding=False), pieces.allocator.queries_needed(plan), 1)
-
     def share_pool(self, pool: ModelPool) -> None:
         """Meet the other layers of the cache in `pool`."""
         self.pool = pool
         if isinstance(self.compressor, TextCompressor):
             self.compressor.pool = pool
+
+    def follow(self, propagation: Propagation | None) -> None:
+        """Let some tokens go on only, as `propagation` says; None for all of them."""
+        self.propagation = propagation
+        if isinstance(self.compressor, TextCompressor):
+            self.compressor.propagation = propagation if self._chooses else None
+
+    @property
+    def _chooses(self) -> bool:
+        """Is this the layer that says which tokens go on?"""
+        return self.propagation is not None and self.propagation.layer == self.place.index < self.place.count - 1
+
+    @property
+    def _incoming(self) -> Selection | None:
+        """The tokens of the forward under way that reach this layer; None for all of them."""
+        return None if self.propagation is None else self.propagation.incoming(self.place.index)
+
+    def _choose(self, row_before: list[int], tokens: int, visible: Tensor | None) -> None:
+        """After a prompt or chunk: say which of its tokens go on, if this layer does.
+
+        Args:
+            row_before: real tokens of each row before.
+            tokens: columns of the prompt or chunk.
+            visible: [B, T] bool, False for padding; None if there is none.
+        """
+        if not self._chooses or self.propagation is None or self.compressor is None:
+            return
+        if isinstance(self.plan, TextPlan):
+            new = [after - before for after, before in zip(self.compressor.row_seen, row_before, strict=True)]
+            self.propagation.choose(self.plan, row_before, new, tokens, visible)
+
+    def _choose_reading(self, tokens: int, visible: Tensor | None) -> None:
+        """The same while a prompt is being read."""
+        reading, propagation = self._reading, self.propagation
+        if not self._chooses or propagation is None or reading is None or not isinstance(self.plan, TextPlan):
+            return
+        if self.pieces is None or self.keys is None or self.values is None:
+            return
+        observed = observe_reading(reading, self.plan, self.keys, self.values)
+        propagation.look(self.pieces.scorer, observed)
+        new = [tokens] * self.keys.shape[0] if visible is None else visible.sum(-1).tolist()
+        before = [seen - count for seen, count in zip(observed.row_seen, new, strict=True)]
+        propagation.choose(self.plan, before, new, tokens, visible, always=True)
+
+    def mask_for(self, selection: Selection, stock: Tensor | None) -> Tensor | None:
+        """The mask of this layer's attention for a forward of which only some tokens come.
+
+        Args:
+            selection: those that come.
+            stock: the mask for all of them.
+        """
+        if self.compressor is not None:
+            return None  # it knows positions
+        read = None if self._reading is None else self._reading.passed
+        return chosen_mask(selection, None if read is None else read.visible, stock)
 
     def copy(self, *, evicts: bool) -> HeadKVLayer:
         """An independent layer with the same content; with `evicts=False` nothing ever leaves it."""
@@ -392,6 +479,7 @@ class HeadKVLayer(CacheLayerMixin):
                 self._set_plan(self._text_plan(self.pieces, numbers["budget"]))
             if numbers["compressor"] is not None and self.pieces is not None and isinstance(self.plan, TextPlan):
                 self.compressor = restored(self.pieces, self.plan, LayerState(held, numbers["compressor"]), self.pool)
+                self.follow(self.propagation)
         except (KeyError, TypeError) as error:
             raise ValueError(f"the saved cache lacks a part of a layer ({error}); read the document again") from error
 
@@ -448,5 +536,7 @@ class HeadKVLayer(CacheLayerMixin):
         if self.keys is None:
             return []
         rows, heads = self.keys.shape[:2]
+        if self._reading is not None and self._reading.passed is not None:
+            return [[row[row >= 0].cpu().long()] * heads for row in self._reading.passed.positions]
         padding = [0] * rows if self.padding is None else self.padding.tolist()
         return [[torch.arange(self.seen - padding[row]) for _ in range(heads)] for row in range(rows)]

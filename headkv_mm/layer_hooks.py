@@ -153,8 +153,8 @@ def _rotations(selection: Selection, part: Tensor) -> Tensor:
     """
     if part.dim() != 3:
         raise ValueError(
-            f"position embeddings of shape {tuple(part.shape)} cannot be cut down to chosen tokens; use another method, "
-            "such as 'snapkv'"
+            f"position embeddings of shape {tuple(part.shape)} cannot be cut down to chosen tokens; use another "
+            "method, such as 'snapkv'"
         )
     return selection.take(part)
 

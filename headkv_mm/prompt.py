@@ -81,8 +81,8 @@ class Reading:
             self.visible = torch.cat([before, ones[:, :tokens] if visible is None else visible], dim=1)
         self._tokens += tokens
         if passed is not None:
-            before = [] if self.passed is None else [self.passed.positions]
-            self.passed = replace(passed, positions=torch.cat([*before, passed.positions], 1))
+            earlier = [] if self.passed is None else [self.passed.positions]
+            self.passed = replace(passed, positions=torch.cat([*earlier, passed.positions], 1))
             asked = [] if self.prompt is None or self.prompt.positions is None else [self.prompt.positions]
             chunk = replace(chunk, positions=torch.cat([*asked, passed.positions], 1)[:, -needed:])
         queries = chunk.query if self.prompt is None else torch.cat([self.prompt.query, chunk.query], dim=2)

@@ -33,6 +33,7 @@ class RaggedKV:
         row_slots: slots of each row, known on the host.
         max_length: an upper bound of `length`, known on the host.
         mass: [N] float32, attention received since it was last cleared, or None where no scorer wants it.
+        credit: [N] float32, what a selector remembers of every entry, 0 for what came since; or None.
         ordered: the entries of every region lie in position order; known on the host.
     """
 
@@ -45,22 +46,34 @@ class RaggedKV:
     row_slots: list[int]
     max_length: int
     mass: Tensor | None = None
+    credit: Tensor | None = None
     ordered: bool = True
 
     @classmethod
-    def over(cls, keys: Tensor, values: Tensor, padding: Tensor, *, with_mass: bool = False) -> RaggedKV:
+    def over(
+        cls,
+        keys: Tensor,
+        values: Tensor,
+        padding: Tensor,
+        *,
+        positions: Tensor | None = None,
+        with_mass: bool = False,
+    ) -> RaggedKV:
         """A storage that looks at dense tensors, without a copy where they are contiguous.
 
         Args:
             keys, values: [B, G, T, D].
             padding: [B] int32, columns at the left of each row that hold no token.
+            positions: [B, T] int32, ascending, -1 for padding; None: every token that is no padding, one by one.
             with_mass: allocate `mass`.
         """
         batch, heads, tokens, head_dim = keys.shape
         region = torch.arange(batch * heads, dtype=torch.int32, device=keys.device).view(batch, heads) * tokens
         pads = padding[:, None]  # [B, 1]
-        columns = torch.arange(tokens, dtype=torch.int32, device=keys.device) - pads  # [B, T]
-        positions = columns.clamp(min=-1)[:, None].expand(batch, heads, tokens)
+        if positions is None:
+            columns = torch.arange(tokens, dtype=torch.int32, device=keys.device) - pads  # [B, T]
+            positions = columns.clamp(min=-1)
+        positions = positions[:, None].expand(batch, heads, tokens)
         return cls(
             keys=keys.reshape(-1, head_dim),
             values=values.reshape(-1, head_dim),
@@ -120,7 +133,7 @@ class RaggedKV:
     def tensors(self) -> list[Tensor]:
         """Every tensor that is held."""
         held = [self.keys, self.values, self.positions, self.start, self.length, self.capacity]
-        return held if self.mass is None else [*held, self.mass]
+        return [*held, *(tensor for tensor in (self.mass, self.credit) if tensor is not None)]
 
     @property
     def nbytes(self) -> int:
@@ -129,7 +142,13 @@ class RaggedKV:
 
     def evict(self, victims: Tensor) -> None:
         """Remove the slots where `victims` [N] bool is True, in place. `max_length` stays a bound."""
+        if self.credit is not None:
+            # The same moves once more: as the kernel is, it carries one number beside keys and values.
+            credit = self.credit[:, None]
+            kernels.fill_holes(victims, credit, credit, self.positions.clone(), self.start, self.length.clone())
         kernels.fill_holes(victims, self.keys, self.values, self.positions, self.start, self.length, self.mass)
+        if self.credit is not None:
+            self.credit.masked_fill_(~self.filled(), 0.0)
         self.ordered = False
 
     def filled(self) -> Tensor:
@@ -203,6 +222,11 @@ class RaggedKV:
             self.mass,
             new.mass,
         )
+        if self.credit is not None:
+            new.credit = torch.zeros(sum(row_slots), dtype=torch.float32, device=self.credit.device)
+            old, moved = self.credit[:, None], new.credit[:, None]
+            places = (new.positions.clone(), new.start, new.length.clone())
+            kernels.gather_regions(rows, keep, old, old, self.positions, self.start, self.length, moved, moved, *places)
         new.ordered = self.ordered
         return new
 
@@ -221,13 +245,22 @@ class RaggedKV:
         row_slots = [self.row_slots[row] for row in rows.tolist()]
         return self.regroup(self.capacity[rows], row_slots, max_length=self.max_length, rows=rows)
 
-    def append_chunk(self, keys: Tensor, values: Tensor, visible: Tensor, first_position: Tensor) -> None:
+    def append_chunk(
+        self,
+        keys: Tensor,
+        values: Tensor,
+        visible: Tensor,
+        first_position: Tensor,
+        *,
+        positions: Tensor | None = None,
+    ) -> None:
         """Write several tokens at once; pads are dropped. The regions must have room.
 
         Args:
             keys, values: [B, G, T, D].
             visible: [B, T] bool, False for padding.
             first_position: [B] int32, position of the first visible token of each row.
+            positions: [B, T] int32, ascending, where visible tokens do not follow each other one by one.
         """
         offset = visible.cumsum(-1) - 1  # [B, T], order among the visible tokens of the row
         slots = (self.start + self.length)[:, :, None] + offset[:, None, :]  # [B, G, T]
@@ -235,7 +268,8 @@ class RaggedKV:
         slots = slots[written].long()
         self.keys[slots] = keys[written].to(self.keys.dtype)
         self.values[slots] = values[written].to(self.values.dtype)
-        positions = (first_position[:, None] + offset).to(torch.int32)  # [B, T]
+        if positions is None:
+            positions = (first_position[:, None] + offset).to(torch.int32)  # [B, T]
         self.positions[slots] = positions[:, None, :].expand_as(written)[written]
         if self.mass is not None:
             self.mass[slots] = 0.0

@@ -142,7 +142,7 @@ class TokenSelective(EachInterval):
         """How many of `tokens` that follow `before` others go on; all of them, or at least two."""
         entries, had = plan.entries(before + tokens), plan.entries(before)
         unfilled = entries - min(had, before)  # what later layers need to keep their budgets
-        protected = self.window + plan.held_sinks(entries)
+        protected = self.window + max(plan.held_sinks(entries) - before, 0)
         return min(tokens, max(round(self.tsp_ratio * tokens), unfilled, protected, self.tsp_least, 2))
 
 

@@ -16,7 +16,9 @@ from .chunk import attend_chunk
 from .compressor import LayerCompressor, tensor_fields
 from .decided import Decided
 from .model_pool import ModelPool
+from .passed import Passed
 from .pieces import Allocation, ModelAllocator, Observed
+from .propagation import Propagation
 from .ragged import RaggedKV
 from .registry import Pieces
 from .text_plan import TextPlan
@@ -37,6 +39,8 @@ class TextCompressor(LayerCompressor):
         row_prompt: real prompt tokens of each row, on the host.
         asked: the prompt's queries, the last of them at least.
         pool: where the layers of the cache meet if the allocator compares them.
+        positions: [B, T] int32 of the prompt's tokens, -1 for padding, where not all of them came; None for all.
+        propagation: what must know which tokens this layer finds important; None for most layers.
     """
 
     plan: TextPlan
@@ -51,14 +55,18 @@ class TextCompressor(LayerCompressor):
         row_prompt: list[int],
         asked: Asked,
         pool: ModelPool | None = None,
+        *,
+        positions: Tensor | None = None,
+        propagation: Propagation | None = None,
     ) -> None:
         super().__init__(pieces, plan, keys.shape[1])
         self.pool = pool or ModelPool()
+        self.propagation = propagation
         self.fresh: list[int] = []  # rows that wait for the other layers
         self.evicts = True
         """False in copies that only grow."""
         self.row_seen = list(row_prompt)
-        self.seen = (keys.shape[2] - padding).to(torch.int32)
+        self.seen = torch.tensor(row_prompt, dtype=torch.int32, device=keys.device)
         self.decided: list[Decided | None] = [None] * len(row_prompt)
         """Per row the allocation as it was decided; None while the row is within its budget."""
         self.appended = 0  # tokens that a copy that only grows got since the last eviction
@@ -66,7 +74,7 @@ class TextCompressor(LayerCompressor):
         self.tight = True
         """The regions have no room for a decoded token: a document that is only read takes none."""
         self._set_budgets([plan.entries(seen) for seen in self.row_seen])
-        self.store = RaggedKV.over(keys, values, padding)
+        self.store = RaggedKV.over(keys, values, padding, positions=positions)
         self._decide(asked)
         self._track_peak()
 
@@ -80,6 +88,7 @@ class TextCompressor(LayerCompressor):
         scale: float,
         softcap: float = 0.0,
         sinks: Tensor | None = None,
+        passed: Passed | None = None,
     ) -> Tensor:
         """Several tokens at once: attend over what is kept and the chunk, then evict down to the budget.
 
@@ -87,6 +96,7 @@ class TextCompressor(LayerCompressor):
             query: [B, H, T, D]; keys, values: [B, G, T, D].
             visible: [B, T] bool, False for padding.
             scale, softcap, sinks: see `headkv_mm.kernels.ragged_decode`.
+            passed: where the tokens belong if others of the forward went no further; None if all came.
 
         Returns:
             [B, T, H, D].
@@ -97,14 +107,20 @@ class TextCompressor(LayerCompressor):
             [slots + tokens * self.kv_heads for slots in self.store.row_slots],
             max_length=self.store.max_length,
         )
-        self.store.append_chunk(keys, values, visible, first)
-        counts = visible.sum(-1, dtype=torch.int32)
-        self.seen = self.seen + counts
-        self.row_seen = [old + new for old, new in zip(self.row_seen, counts.tolist(), strict=True)]
+        if passed is None:
+            self.store.append_chunk(keys, values, visible, first)
+            # Padding sees nothing, and nothing sees it: position -1 comes before every entry.
+            positions = torch.where(visible, first[:, None] + visible.cumsum(-1) - 1, -1).to(torch.int32)  # [B, T]
+            counts = visible.sum(-1, dtype=torch.int32)
+            self.seen = self.seen + counts
+            self.row_seen = [old + new for old, new in zip(self.row_seen, counts.tolist(), strict=True)]
+        else:
+            positions = passed.positions
+            self.store.append_chunk(keys, values, visible, first, positions=positions)
+            self.row_seen = list(passed.row_seen)
+            self.seen = torch.tensor(self.row_seen, dtype=torch.int32, device=self.seen.device)
         if self.evicts:
             self._set_budgets([self.plan.entries(seen) for seen in self.row_seen])
-        # Padding sees nothing, and nothing sees it: position -1 comes before every entry.
-        positions = torch.where(visible, first[:, None] + visible.cumsum(-1) - 1, -1).to(torch.int32)  # [B, T]
         output = attend_chunk(query, positions, self.store, scale=scale, softcap=softcap, sinks=sinks)
         self.appended += 0 if self.evicts else tokens
         asked = Asked(query.transpose(1, 2), positions, scale, softcap, sinks)
@@ -144,10 +160,7 @@ class TextCompressor(LayerCompressor):
                 step=plan.step,
                 until_due=until_due,
                 mean=pieces.scorer.needs_mean_query,
-                last=max(
-                    pieces.allocator.queries_needed(plan) if undecided else 0,
-                    pieces.scorer.queries_needed(plan, decoding=True),
-                ),
+                last=self._queries_needed(undecided=undecided),
             )
             if allocated:
                 self._track_peak()
@@ -252,6 +265,8 @@ class TextCompressor(LayerCompressor):
         """Evict down to the budget where a row is over it; while decoding make room for the next interval."""
         budgets = [entries - first for entries, first in zip(self.row_entries, self.row_condition, strict=True)]
         over = [self.evicts and seen > entries for seen, entries in zip(self.row_seen, self.row_entries, strict=True)]
+        if self.propagation is not None and self.evicts and not decoding:
+            self.propagation.look(self.pieces.scorer, self._observed(asked, budgets, decoding=False))
         victims = self._choose(asked, budgets, over, decoding=decoding) if any(over) else None
         self._make_room(victims, room=self.plan.step if decoding else 0)
         if self.fresh:
@@ -267,25 +282,7 @@ class TextCompressor(LayerCompressor):
     def _choose(self, asked: Asked, budgets: list[int], over: Sequence[bool], *, decoding: bool) -> Tensor:
         """Decide head budgets where that is due, and who leaves: [N] bool."""
         scorer, plan, store = self.pieces.scorer, self.plan, self.store
-        if not decoding:
-            needed = max(scorer.queries_needed(plan, decoding=False), self.pieces.allocator.queries_needed(plan), 1)
-            asked = asked.last(needed)
-        observed = Observed(
-            store=store,
-            plan=plan,
-            condition=self.condition,
-            seen=self.seen,
-            scale=asked.scale,
-            row_budgets=budgets,
-            row_seen=self.row_seen,
-            mean_query=self.observer.mean_query if decoding else asked.mean,
-            queries=asked.queries,
-            query_positions=asked.positions,
-            # Accumulated attention holds the prompt's; any other counts decoded queries only.
-            attention=store.mass if decoding or scorer.accumulates else None,
-            softcap=asked.softcap,
-            sinks=asked.sinks,
-        )
+        observed = self._observed(asked, budgets, decoding=decoding)
         scores = scorer.score_entries(observed)
         if scorer.accumulates and store.mass is None:
             store.mass = scores  # it goes along with the entries
@@ -300,7 +297,30 @@ class TextCompressor(LayerCompressor):
                 self.decided[row] = self._decided(allocation, row, budgets[row])
         if fresh or isinstance(plan.budget, float) or self.allocation is None:
             self.allocation = self._joined(budgets)
-        return self.pieces.selector.victims(observed, self.allocation, scores)
+        return self._victims(observed, self.allocation, scores)
+
+    def _observed(self, asked: Asked, budgets: list[int], *, decoding: bool) -> Observed:
+        """What the pieces may look at when they decide."""
+        scorer, plan, store = self.pieces.scorer, self.plan, self.store
+        if not decoding:
+            asked = asked.last(self.pieces.prompt_queries(plan))
+        return Observed(
+            store=store,
+            plan=plan,
+            condition=self.condition,
+            seen=self.seen,
+            scale=asked.scale,
+            row_budgets=budgets,
+            row_seen=self.row_seen,
+            mean_query=self.observer.mean_query if decoding else asked.mean,
+            queries=asked.queries,
+            query_positions=asked.positions,
+            credit=store.credit,
+            # Accumulated attention holds the prompt's; any other counts decoded queries only.
+            attention=store.mass if decoding or scorer.accumulates else None,
+            softcap=asked.softcap,
+            sinks=asked.sinks,
+        )
 
     @property
     def over_layers(self) -> bool:
@@ -345,9 +365,7 @@ class TextCompressor(LayerCompressor):
             self.decided[row] = self._decided(allocation, row, observed.row_budgets[row])
         self.fresh = []
         self.allocation = self._joined(list(observed.row_budgets))
-        self._make_room(
-            self.pieces.selector.victims(observed, self.allocation, scores), room=0 if self.tight else self.plan.step
-        )
+        self._make_room(self._victims(observed, self.allocation, scores), room=0 if self.tight else self.plan.step)
         if not self.wants_mass:
             self.store.mass = None
         self._forget()

@@ -147,13 +147,15 @@ def mean_over_heads(scores: Tensor, observed: Observed) -> Tensor:
     total, count = observed.shard.sum(
         torch.stack([_added_up(place, numbers, observed) for numbers in (scores, torch.ones_like(scores))])
     )
-    return (total / count.clamp(min=1))[place]
+    mean: Tensor = total / count.clamp(min=1)
+    return mean[place]
 
 
 def sum_over_heads(scores: Tensor, observed: Observed) -> Tensor:
     """For every row and position the sum of its scores over the KV heads that hold it, [B, longest row] float32."""
     total = _added_up(_position_places(observed), scores, observed)
-    return observed.shard.sum(total)[:-1].view(observed.store.rows, -1)
+    summed: Tensor = observed.shard.sum(total)[:-1].view(observed.store.rows, -1)
+    return summed
 
 
 def _position_places(observed: Observed) -> Tensor:
@@ -166,7 +168,8 @@ def _added_up(place: Tensor, scores: Tensor, observed: Observed) -> Tensor:
     """The sum of the scores [N] at every place, [B * longest row + 1] float32; nothing from empty slots."""
     store = observed.store
     total = torch.zeros(store.rows * max(observed.row_seen) + 1, dtype=torch.float32, device=scores.device)
-    return total.index_add_(0, place, torch.where(store.filled(), scores.float(), 0.0))
+    total.index_add_(0, place, torch.where(store.filled(), scores.float(), 0.0))
+    return total
 
 
 def check_window(window: int, name: str = "window") -> None:
