@@ -18,7 +18,13 @@ FULL = "none"
 
 
 def run_report(
-    caches: Sequence[Any], *, images: int, tokens: int, seconds: float, settings: dict[str, Any]
+    caches: Sequence[Any],
+    *,
+    images: int,
+    tokens: int,
+    seconds: float,
+    settings: dict[str, Any],
+    weights: int = 0,
 ) -> GenerationReport:
     """The report of one run.
 
@@ -28,6 +34,7 @@ def run_report(
         tokens: image tokens, all images together.
         seconds: wall-clock time.
         settings: sampling settings.
+        weights: bytes of the model's weights.
     """
     reports: tuple[CacheReport, ...] = tuple(cache.report() for cache in caches if isinstance(cache, HeadKVCache))
     stock = sum(stock_bytes(cache) for cache in caches if not isinstance(cache, HeadKVCache))
@@ -45,6 +52,7 @@ def run_report(
         seconds=seconds,
         settings=settings,
         caches=reports,
+        nbytes_weights=weights,
     )
 
 

@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from headkv_mm.memory import CacheReport
 
 HEAD_TYPES = ("local", "global")
+_SMALL_SHARE = 0.05  # of the weights: below it a full cache hardly decides what fits
 
 
 @dataclass(frozen=True)
@@ -36,6 +37,7 @@ class GenerationReport:
         seconds: wall-clock time of prefill and decoding, pictures not included.
         settings: sampling settings.
         caches: what each run's cache held, head by head. Empty for the full cache.
+        nbytes_weights: bytes of the weights of the model that draws; 0 if unknown.
     """
 
     method: str
@@ -50,6 +52,7 @@ class GenerationReport:
     seconds: float
     settings: dict[str, Any] = field(default_factory=dict)
     caches: tuple[CacheReport, ...] = field(default=(), repr=False)
+    nbytes_weights: int = 0
 
     @property
     def ratio(self) -> float:
@@ -60,6 +63,21 @@ class GenerationReport:
     def nbytes_saved(self) -> int:
         """Bytes the compression saved at the end of a run; negative where its tables cost more than it saved."""
         return self.nbytes_full - self.nbytes
+
+    @property
+    def advice(self) -> str | None:
+        """A sentence where compression pays little, or not at all; else None."""
+        if self.caches and self.nbytes_saved <= 0:
+            return (
+                "compression costs more than it saves here: what comes before the image always stays, and its tables "
+                "come on top; use the full cache"
+            )
+        if self.nbytes_weights and self.nbytes_full < _SMALL_SHARE * self.nbytes_weights:
+            return (
+                f"a full cache is only {self.nbytes_full / self.nbytes_weights:.2%} of the "
+                f"{format_bytes(self.nbytes_weights)} of weights: compression pays with more images at once"
+            )
+        return None
 
     @property
     def tokens_per_second(self) -> float:
@@ -88,6 +106,7 @@ class GenerationReport:
             "nbytes_peak": self.nbytes_peak,
             "nbytes_full": self.nbytes_full,
             "nbytes_saved": self.nbytes_saved,
+            "nbytes_weights": self.nbytes_weights,
             "ratio": self.ratio,
             "images": self.images,
             "runs": self.runs,
@@ -110,6 +129,8 @@ class GenerationReport:
         ]
         if self.local_share is not None:
             lines.append(f"{self.local_share:.0%} of the heads are local")
+        if self.advice is not None:
+            lines.append(self.advice)
         return "\n".join(lines)
 
 

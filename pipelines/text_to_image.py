@@ -150,7 +150,7 @@ class TextToImagePipeline(Pipeline):
         compression, grid = parameters.get("kv", KVArguments()).resolve(), self._grid(parameters)
         return {
             "kv_compression": compression.to_dict() if compression.resolve().compresses else None,
-            "sampling": self._adapter.effective_sampling(parameters.get("sampling", Sampling())).to_dict(),
+            "sampling": self._adapter.sampling_for(parameters.get("sampling", Sampling()), grid).to_dict(),
             "negative_prompt": parameters.get("negative_prompt"),
             "image_grid": [grid.height, grid.width],
         }
@@ -198,6 +198,7 @@ class TextToImagePipeline(Pipeline):
             tokens=tokens.numel(),
             seconds=seconds,
             settings=sampling.to_dict(),
+            weights=sum(parameter.nbytes for parameter in self.model.parameters()),
         )
         kept = None
         if run["keep_tokens"]:
