@@ -62,7 +62,7 @@ def test_a_list(small_image_model: str, prompts: str, tmp_path: Path, capsys: py
     assert config["made_with"]["versions"]["torch"]
     timings = read_lines(out / "timings.jsonl")
     assert sorted(name for timing in timings for name in timing["images"]) == ["00001", "ring"]
-    kv = {"kv_compression": "headkv", "kv_budget": 1 / 2, "kv_options": {"grouping_rows": 2}}
+    kv: dict[str, Any] = {"kv_compression": "headkv", "kv_budget": 1 / 2, "kv_options": {"grouping_rows": 2}}
     pipe = headkv_mm.pipeline("text-to-image", small_image_model, device="cpu", **kv)
     wanted = pipe("red circle top", seed=5).images[0]
     assert Image.open(out / "00001.png").tobytes() == wanted.tobytes()
@@ -76,6 +76,43 @@ def test_a_list(small_image_model: str, prompts: str, tmp_path: Path, capsys: py
     assert generate(small_image_model, prompts, out) == 0
     assert [record["id"] for record in read_lines(out / "manifest.jsonl")] == ["00001", "zebra", "ring", "00004"]
     assert not (out / "failed.jsonl").exists()
+
+
+def test_classes(tmp_path: Path) -> None:
+    import torch
+
+    import headkv_mm
+    from headkv_mm.llamagen import LlamaGenConfig, LlamaGenForConditionalGeneration
+
+    codes, classes = 12, 3
+    text = {"model_type": "llama", "vocab_size": codes + classes + 1, "hidden_size": 16, "intermediate_size": 16}
+    heads = {"num_hidden_layers": 2, "num_attention_heads": 2, "num_key_value_heads": 2}
+    ends = {"bos_token_id": None, "eos_token_id": None}
+    config = LlamaGenConfig(
+        text_config={**text, **heads, **ends},
+        conditioning="class",
+        num_classes=classes,
+        max_prompt_length=1,
+        image_height=6,
+        image_width=6,
+        codebook_size=codes,
+        patch_size=2,
+    )
+    torch.manual_seed(0)
+    model = str(tmp_path / "model")
+    LlamaGenForConditionalGeneration(config).save_pretrained(model)
+    prompts = tmp_path / "list.jsonl"
+    prompts.write_text('{"class": 1}\n{"class": 9}\n{"class": 0, "seed": 4, "id": "dog"}\n{"prompt": "a dog"}')
+    assert generate(model, str(prompts), tmp_path / "out", "--guidance-scale", "2") == 1
+    records = read_lines(tmp_path / "out" / "manifest.jsonl")
+    assert [(item["id"], item["class"], item["prompt"]) for item in records] == [("00001", 1, None), ("dog", 0, None)]
+    failed = read_lines(tmp_path / "out" / "failed.jsonl")
+    assert [item["line"] for item in failed] == [2, 4]
+    assert "classes" in failed[1]["error"]
+    kv: dict[str, Any] = {"kv_compression": "headkv", "kv_budget": 1 / 2, "kv_options": {"grouping_rows": 2}}
+    pipe = headkv_mm.pipeline("text-to-image", model, device="cpu", guidance_scale=2.0, **kv)
+    wanted = pipe(class_labels=[0], seed=4)[0].images[0]
+    assert Image.open(tmp_path / "out" / "dog.png").tobytes() == wanted.tobytes()
 
 
 def test_several_images_of_a_prompt_from_standard_input(
