@@ -102,22 +102,27 @@ class TokenDrawer:
     Args:
         seeds: one per image.
         steps: tokens that will be drawn.
+        images: number of images; needed where `seeds` is None.
+        generator: in place of `seeds`, see `uniform_streams`.
         do_sample: False takes the best token.
         temperature, top_k, top_p: see `warpers`.
     """
 
     def __init__(
         self,
-        seeds: Sequence[int],
+        seeds: Sequence[int] | None,
         steps: int,
         *,
+        images: int | None = None,
+        generator: torch.Generator | Sequence[torch.Generator] | None = None,
         do_sample: bool = True,
         temperature: float = 1.0,
         top_k: int = 0,
         top_p: float = 1.0,
     ) -> None:
         self._warpers = warpers(temperature, top_k, top_p)
-        self._uniform = uniform_streams(len(seeds), steps, seeds, None) if do_sample else None  # [B, steps]
+        count = len(seeds or ()) if images is None else images
+        self._uniform = uniform_streams(count, steps, seeds, generator) if do_sample else None  # [B, steps]
 
     def __call__(self, step: int, scores: torch.Tensor) -> torch.Tensor:
         """Tokens int64 [B] of scores [B, K], after guidance; -inf marks what must not be drawn."""

@@ -10,7 +10,7 @@ import torch
 from transformers.cache_utils import Cache
 from transformers.generation import GenerationConfig, LogitsProcessorList
 
-from headkv_mm.image_sampling import draw, uniform_streams, warpers
+from headkv_mm.image_sampling import TokenDrawer
 from headkv_mm.llamagen.configuration import LlamaGenConfig  # transformers evaluates the annotation below
 from headkv_mm.llamagen.prompts import PromptRows, class_ids, feature_rows, id_rows
 from headkv_mm.llamagen.text_features import TextProjection
@@ -84,13 +84,6 @@ class ImageGenerationMixin:
         guidance = _first(guidance_scale, settings.guidance_scale, 1.0)
         if guidance < 1:
             raise ValueError(f"guidance_scale must be at least 1 (1 means no guidance), got {guidance}")
-        sampling = bool(_first(do_sample, settings.do_sample, True))
-        warp = warpers(
-            _first(temperature, settings.temperature, 1.0),
-            _first(top_k, settings.top_k, 0),
-            _first(top_p, settings.top_p, 1.0),
-        )
-
         rows = self._prompt_rows(
             input_ids,
             class_labels,
@@ -103,7 +96,16 @@ class ImageGenerationMixin:
         )
         batch, columns, steps = rows.images, rows.mask.shape[1], self.config.num_image_tokens
         tokens = torch.empty(batch, steps, dtype=torch.long, device=rows.device)
-        uniform = uniform_streams(batch, steps, seeds, generator) if sampling else None  # [B, steps]
+        draw = TokenDrawer(
+            seeds,
+            steps,
+            images=batch,
+            generator=generator,
+            do_sample=bool(_first(do_sample, settings.do_sample, True)),
+            temperature=_first(temperature, settings.temperature, 1.0),
+            top_k=_first(top_k, settings.top_k, 0),
+            top_p=_first(top_p, settings.top_p, 1.0),
+        )
         if past_key_values is None:
             past_key_values = self._prepare_static_cache(  # type: ignore[attr-defined]
                 cache_implementation=settings.cache_implementation or "static",
@@ -132,10 +134,7 @@ class ImageGenerationMixin:
                 scores = unconditional + guidance * (conditional - unconditional)
             if logits_processor is not None:
                 scores = logits_processor(tokens[:, :index], scores)
-            if uniform is None:
-                code = scores.argmax(dim=-1)
-            else:
-                code = draw(warp(tokens[:, :index], scores), uniform[:, index])
+            code = draw(index, scores)
             tokens[:, index] = code
             inputs = {"input_ids": (code.repeat(2) if guidance > 1 else code)[:, None]}
             if callback is not None:
