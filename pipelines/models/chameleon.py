@@ -3,15 +3,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from functools import partial
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
 
-from headkv_mm.pipelines.models.base import EncodedPrompts, GeneratedTokens, ImageModelAdapter, Sampling
 from headkv_mm.pipelines.models.chameleon_layout import ImageVocabulary, Layout, layout
-from headkv_mm.pipelines.models.guided_loop import draw_tokens, pad_left, stack_rows
+from headkv_mm.pipelines.models.guided import GuidedAdapter
 from headkv_mm.pipelines.models.image_decoder import image_decoder as decoder_of
 from headkv_mm.pipelines.models.pictures import pictures_of
 from headkv_mm.pipelines.models.processing import tokenizer_of
@@ -21,11 +19,12 @@ if TYPE_CHECKING:
     from torch import Tensor
     from transformers import PreTrainedConfig, PreTrainedModel
 
-    from headkv_mm.compression import Compression
     from headkv_mm.image_grid import ImageGrid
+    from headkv_mm.image_sampling import TokenDrawer
+    from headkv_mm.pipelines.models.base import EncodedPrompts
 
 
-class ChameleonAdapter(ImageModelAdapter):
+class ChameleonAdapter(GuidedAdapter):
     """One vocabulary of words and image codes (arXiv:2405.09818); Anole and Lumina-mGPT draw with it.
 
     Their papers are arXiv:2407.06135 and arXiv:2408.02657. transformers' class rules image tokens out after its
@@ -60,7 +59,7 @@ class ChameleonAdapter(ImageModelAdapter):
         config, words = model.config, self.tokenizer
         self._bos: int = config.bos_token_id if words.bos_token_id is None else words.bos_token_id
         # Any id will do under the mask if nobody names one for padding.
-        self._pad: int = next((index for index in (config.pad_token_id, words.pad_token_id) if index is not None), 0)
+        self.padding = next((index for index in (config.pad_token_id, words.pad_token_id) if index is not None), 0)
 
     @classmethod
     def recognises(cls, config: PreTrainedConfig) -> bool:
@@ -105,83 +104,30 @@ class ChameleonAdapter(ImageModelAdapter):
             raise ValueError("the prompt contains an image token of the model's own: leave it out")
         return prompt
 
-    def effective_sampling(self, sampling: Sampling) -> Sampling:
-        """`sampling`, then the generation config, then how Anole's authors draw."""
-        return self.sampling_for(sampling, self.grid)
+    def defaults(self, grid: ImageGrid) -> Mapping[str, Any]:
+        """How Anole's or Lumina-mGPT's authors draw such a grid."""
+        return self._layout(grid).sampling
 
-    def sampling_for(self, sampling: Sampling, grid: ImageGrid) -> Sampling:
-        """`sampling`, then the generation config, then how Anole's or Lumina-mGPT's authors draw such a grid."""
-        return sampling.completed(self.model.generation_config, **self._layout(grid).sampling)
-
-    def encode(
-        self, prompts: Sequence[str], negative_prompt: str | None = None, grid: ImageGrid | None = None
-    ) -> EncodedPrompts:
-        """Ids and mask [B, P], padded on the left, and those of what guidance leads away from [B, P'].
-
-        Raises:
-            ValueError: if prompt and image are longer than the model's context.
-        """
-        grid = grid or self.grid
+    def prompt_ids(self, prompt: str, grid: ImageGrid) -> list[int]:
+        """The user's turn and what begins the image."""
         around = self._layout(grid)
-        rows = [self._ids(prompt, around) for prompt in prompts]
-        other = list(around.unconditional) if negative_prompt is None else self._ids(negative_prompt, around)
-        longest = max(map(len, [*rows, other]))
-        context = self.model.config.max_position_embeddings
-        if longest + grid.tokens > context:
-            raise ValueError(
-                f"a prompt of {longest} tokens and an image of {grid.tokens} are longer than this model's context of "
-                f"{context}: shorten the prompt or ask for a smaller image_grid"
-            )
-        ids, mask = pad_left(rows, self._pad)
-        negative_ids, negative_mask = pad_left([other] * len(rows), self._pad)
-        return EncodedPrompts(
-            {
-                "input_ids": ids,
-                "attention_mask": mask,
-                "negative_ids": negative_ids,
-                "negative_mask": negative_mask,
-            },
-            mask.sum(dim=1),
-            grid,
-            tuple(prompts),
-        )
+        return [*self._words(around.before + prompt), *around.header]
 
-    def generate(
-        self,
-        prompts: EncodedPrompts,
-        *,
-        sampling: Sampling,
-        seeds: Sequence[int],
-        compression: Compression,
-        on_token: Callable[[], None] | None = None,
-    ) -> GeneratedTokens:
-        """Prompts and unconditional rows in one batch, on an explicit cache; newlines are written, not drawn."""
-        grid, guidance = prompts.grid, 1.0 if sampling.guidance_scale is None else sampling.guidance_scale
-        ids, mask = prompts.inputs["input_ids"], prompts.inputs["attention_mask"]
-        if guidance != 1:
-            other = prompts.inputs["negative_ids"], prompts.inputs["negative_mask"]
-            ids, mask = stack_rows((ids, mask), other, self._pad)
-        draw = sampling.drawer(seeds, grid.tokens)
-        newline, image_ids = self._layout(grid).newline, self._vocabulary.ids.to(ids.device)
+    def unconditional_ids(self, ids: list[int], grid: ImageGrid) -> list[int]:
+        """What begins an image, alone."""
+        return list(self._layout(grid).unconditional)
+
+    def chooser(self, draw: TokenDrawer, grid: ImageGrid) -> Callable[[int, Tensor], Tensor]:
+        """Draws among the image tokens; newlines are written, not drawn."""
+        newline, ids = self._layout(grid).newline, self._vocabulary.ids
 
         def choose(step: int, scores: Tensor) -> Tensor:
+            image_ids = ids.to(scores.device)
             if newline is not None and step % grid.row_stride == grid.width:
                 return image_ids.new_full((len(scores),), newline)
-            return image_ids[draw(step, scores[:, image_ids.to(scores.device)]).to(image_ids.device)]
+            return image_ids[draw(step, scores[:, image_ids])]
 
-        cache = self.new_cache(compression, grid)
-        embed = self.model.get_input_embeddings()
-        tokens = draw_tokens(
-            embed(ids),
-            mask,
-            steps=grid.tokens,
-            guidance_scale=guidance,
-            scores=partial(self._scores, cache),
-            embed=embed,
-            choose=choose,
-            on_token=on_token,
-        )
-        return GeneratedTokens(tokens, [cache])
+        return choose
 
     def decode(self, tokens: Tensor, prompts: EncodedPrompts, seeds: Sequence[int]) -> list[Image]:
         """RGB pictures from the image decoder."""
@@ -189,24 +135,8 @@ class ChameleonAdapter(ImageModelAdapter):
         rows = tokens.view(len(tokens), grid.height, grid.row_stride)[..., : grid.width]  # [B, h, w]
         return pictures_of(self._vocabulary.codes_of(rows), self._decode)
 
-    def _scores(self, cache: Any, embeddings: Tensor, mask: Tensor, positions: Tensor) -> Tensor:
-        """Scores [R, vocabulary] of the next token, image tokens among them."""
-        output = self.model.model(
-            inputs_embeds=embeddings,
-            attention_mask=mask,
-            position_ids=positions,
-            past_key_values=cache,
-            use_cache=True,
-        )
-        scores: Tensor = self.model.lm_head(output.last_hidden_state[:, -1])
-        return scores
-
     def _layout(self, grid: ImageGrid) -> Layout:
         return layout(grid, self._vocabulary, self._names, self._bos)
-
-    def _ids(self, prompt: str, around: Layout) -> list[int]:
-        """The user's turn and what begins the image."""
-        return [*self._words(around.before + prompt), *around.header]
 
     def _words(self, text: str) -> list[int]:
         """Ids of a text, the token that begins a sequence first, whether the tokenizer writes it or not."""

@@ -4,12 +4,10 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
-from functools import partial
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from headkv_mm.pipelines.models.base import EncodedPrompts, GeneratedTokens, ImageModelAdapter, Sampling
-from headkv_mm.pipelines.models.guided_loop import draw_tokens, pad_left, stack_rows
+from headkv_mm.pipelines.models.guided import GuidedAdapter
 from headkv_mm.pipelines.models.pictures import pictures_of
 from headkv_mm.pipelines.models.processing import chat_text, tokenizer_of
 
@@ -18,11 +16,11 @@ if TYPE_CHECKING:
     from torch import Tensor
     from transformers import PreTrainedConfig, PreTrainedModel
 
-    from headkv_mm.compression import Compression
     from headkv_mm.image_grid import ImageGrid
+    from headkv_mm.pipelines.models.base import EncodedPrompts
 
 
-class JanusAdapter(ImageModelAdapter):
+class JanusAdapter(GuidedAdapter):
     """A language model with a generation head beside its own (arXiv:2410.13848, arXiv:2501.17811).
 
     The loop is ours, because transformers' own is broken in some of the versions we serve. It computes what that one
@@ -44,7 +42,7 @@ class JanusAdapter(ImageModelAdapter):
         self.tokenizer, self.processor = tokenizer_of(model, tokenizer, processor, self.architecture)
         words = self.tokenizer, self.model.generation_config, self.model.config.get_text_config(decoder=True)
         self._boi = _boi_token(self.tokenizer, self.model.generation_config)
-        self._bos, self._pad = (_special(name, *words) for name in ("bos_token_id", "pad_token_id"))
+        self._bos, self.padding = (_special(name, *words) for name in ("bos_token_id", "pad_token_id"))
 
     @classmethod
     def recognises(cls, config: PreTrainedConfig) -> bool:
@@ -59,89 +57,48 @@ class JanusAdapter(ImageModelAdapter):
         side = math.isqrt(self.model.config.vision_config.num_image_tokens)
         return ImageGrid(side, side)
 
+    @property
+    def decoder(self) -> Any:
+        """The language model."""
+        return self.model.model.language_model
+
+    def defaults(self, grid: ImageGrid) -> Mapping[str, Any]:
+        """Guidance 5, as published."""
+        return {"guidance_scale": 5.0}
+
     def check_prompt(self, prompt: str) -> str:
-        """The prompt itself, if the model has positions for it and it begins no image.
+        """The prompt itself, if it holds no image.
 
         Raises:
-            ValueError: if it does, or is too long.
+            ValueError: if it does.
         """
-        ids = self._ids(prompt)
+        ids = self.prompt_ids(prompt, self.grid)
         if ids.count(self._boi) != 1 or self.model.config.image_token_id in ids:
             raise ValueError("the prompt contains an image token of the model's own: leave it out")
-        room = self.model.config.get_text_config(decoder=True).max_position_embeddings - self.grid.tokens
-        if len(ids) > room:
-            raise ValueError(f"the prompt has {len(ids)} tokens, this model reads at most {room}: shorten it")
         return prompt
 
-    def effective_sampling(self, sampling: Sampling) -> Sampling:
-        """`sampling`, then the generation config, then guidance 5 and draws from the whole distribution."""
-        return sampling.completed(self.model.generation_config, guidance_scale=5.0)
+    def prompt_ids(self, prompt: str, grid: ImageGrid) -> list[int]:
+        """The prompt as one turn of a conversation if the processor knows how, and the token that begins an image."""
+        text, special = chat_text(prompt, self.processor, self.tokenizer)
+        return [*self.tokenizer(text, add_special_tokens=special)["input_ids"], self._boi]
 
-    def encode(
-        self, prompts: Sequence[str], negative_prompt: str | None = None, grid: ImageGrid | None = None
-    ) -> EncodedPrompts:
-        """Ids and mask [B, P], padded on the left, and those of what guidance leads away from [B, P']."""
-        rows = [self._ids(prompt) for prompt in prompts]
-        ids, mask = pad_left(rows, self._pad)
-        if negative_prompt is not None:
-            other = pad_left([self._ids(negative_prompt)] * len(rows), self._pad)
-        else:  # the prompt's length without its words, as the models were trained
-            other = ids.where((ids == self._bos) | (ids == self._boi), self._pad), mask
-        return EncodedPrompts(
-            {"input_ids": ids, "attention_mask": mask, "negative_ids": other[0], "negative_mask": other[1]},
-            mask.sum(dim=1),
-            grid or self.grid,
-            tuple(prompts),
-        )
+    def unconditional_ids(self, ids: list[int], grid: ImageGrid) -> list[int]:
+        """As long as the prompt but without its words, as the models were trained; padding that is attended to."""
+        return [index if index in (self._bos, self._boi) else self.padding for index in ids]
 
-    def generate(
-        self,
-        prompts: EncodedPrompts,
-        *,
-        sampling: Sampling,
-        seeds: Sequence[int],
-        compression: Compression,
-        on_token: Callable[[], None] | None = None,
-    ) -> GeneratedTokens:
-        """Prompts and unconditional rows in one batch, on an explicit cache."""
-        guidance = 1.0 if sampling.guidance_scale is None else sampling.guidance_scale
-        ids, mask = prompts.inputs["input_ids"], prompts.inputs["attention_mask"]
-        if guidance != 1:
-            other = prompts.inputs["negative_ids"], prompts.inputs["negative_mask"]
-            ids, mask = stack_rows((ids, mask), other, self._pad)
-        cache = self.new_cache(compression, prompts.grid)
-        tokens = draw_tokens(
-            self.model.get_input_embeddings()(ids),
-            mask,
-            steps=prompts.grid.tokens,
-            guidance_scale=guidance,
-            scores=partial(self._scores, cache),
-            embed=self.model.prepare_embeddings_for_image_generation,
-            choose=sampling.drawer(seeds, prompts.grid.tokens),
-            on_token=on_token,
-        )
-        return GeneratedTokens(tokens, [cache])
+    def embed(self, tokens: Tensor) -> Tensor:
+        """Image tokens have embeddings of their own."""
+        found: Tensor = self.model.prepare_embeddings_for_image_generation(tokens)
+        return found
+
+    def scores(self, hidden: Tensor) -> Tensor:
+        """Image tokens have a head of their own."""
+        found: Tensor = self.model.model.generation_head(hidden)
+        return found
 
     def decode(self, tokens: Tensor, prompts: EncodedPrompts, seeds: Sequence[int]) -> list[Image]:
         """RGB pictures from the model's VQ decoder."""
         return pictures_of(tokens.to(self.model.device), self.model.decode_image_tokens)
-
-    def _scores(self, cache: Any, embeddings: Tensor, mask: Tensor, positions: Tensor) -> Tensor:
-        """Scores [R, codes] of the next image token."""
-        output = self.model.model.language_model(
-            inputs_embeds=embeddings,
-            attention_mask=mask,
-            position_ids=positions,
-            past_key_values=cache,
-            use_cache=True,
-        )
-        scores: Tensor = self.model.model.generation_head(output.last_hidden_state[:, -1])
-        return scores
-
-    def _ids(self, prompt: str) -> list[int]:
-        """The prompt as one turn of a conversation if the processor knows how, and the token that begins an image."""
-        text, special = chat_text(prompt, self.processor or self.tokenizer, self.tokenizer)
-        return [*self.tokenizer(text, add_special_tokens=special)["input_ids"], self._boi]
 
 
 def _boi_token(tokenizer: Any, generation_config: Any) -> int:

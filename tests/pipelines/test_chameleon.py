@@ -315,7 +315,7 @@ def test_from_a_folder(parts: tuple[Any, Any], pipe: Any, tmp_path: Path) -> Non
 def test_what_cannot_be_drawn(parts: tuple[Any, Any], pipe: Any) -> None:
     with pytest.raises(ValueError, match="contains an image token"):
         pipe("a cat <image>")
-    with pytest.raises(ValueError, match="are longer than this model's context of 256"):
+    with pytest.raises(ValueError, match="are longer than the 256 positions of this Chameleon model"):
         pipe("a" * 300)
     with pytest.raises(ValueError, match=r"ask for ImageGrid\(4, 6, row_stride=7\)"):
         pipe("a cat", image_grid=ImageGrid(4, 6))
