@@ -21,14 +21,27 @@ _TEMPLATE = (
 )
 
 
-def glm_image_processor() -> GlmImageProcessor:
+class _SmallPreview(GlmImageProcessor):
+    """A sixteenth of the preview, for speed. Older transformers have no such method, and the whole preview."""
+
+    def _get_target_shape(self, height: int, width: int) -> tuple[int, int, int, int]:
+        *size, preview_height, preview_width = super()._get_target_shape(height=height, width=width)
+        return (*size, -(-preview_height // 4), -(-preview_width // 4))
+
+
+# The name is what a saved pipeline notes.
+_SmallPreview.__name__, _SmallPreview.__module__ = GlmImageProcessor.__name__, GlmImageProcessor.__module__
+
+
+def glm_image_processor(*, small_preview: bool) -> GlmImageProcessor:
     try:
         from transformers.models.glm_image.image_processing_pil_glm_image import GlmImageImageProcessorPil as Pictures
     except ImportError:
         from transformers.models.glm_image.image_processing_glm_image import GlmImageImageProcessor as Pictures
     special = {"image_token": "<|image|>", "grid_bos_token": "<sop>", "grid_eos_token": "<eop>"}
     tokenizer = character_tokenizer(special, first=[f"<code {code}>" for code in range(VISION)])
-    return GlmImageProcessor(Pictures(), tokenizer, chat_template=_TEMPLATE)
+    kind = _SmallPreview if small_preview else GlmImageProcessor
+    return kind(Pictures(), tokenizer, chat_template=_TEMPLATE)
 
 
 def glm_image_model(processor: GlmImageProcessor) -> GlmImageForConditionalGeneration:
@@ -68,7 +81,7 @@ def glm_image_model(processor: GlmImageProcessor) -> GlmImageForConditionalGener
     return model
 
 
-def glm_image_pipeline() -> Any:
+def glm_image_pipeline(*, small_preview: bool = True) -> Any:
     """A `GlmImagePipeline` whose pictures are small."""
     from diffusers import (
         AutoencoderKL,
@@ -77,7 +90,7 @@ def glm_image_pipeline() -> Any:
         GlmImageTransformer2DModel,
     )
 
-    processor = glm_image_processor()
+    processor = glm_image_processor(small_preview=small_preview)
     model = glm_image_model(processor)
     blocks = 4
     pipe = GlmImagePipeline(
