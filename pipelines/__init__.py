@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from headkv_mm.pipelines.document import Document
     from headkv_mm.pipelines.document_qa import LongDocumentQAPipeline
     from headkv_mm.pipelines.factory import pipeline
+    from headkv_mm.pipelines.image_text_to_text import KVImageTextToTextPipeline
     from headkv_mm.pipelines.outputs import GenerationReport, ImageOutput
     from headkv_mm.pipelines.text_generation import KVTextGenerationPipeline
     from headkv_mm.pipelines.text_reports import TextReport
@@ -24,6 +25,7 @@ _HOMES = {
     "DocumentReport": "answers",
     "GenerationReport": "outputs",
     "ImageOutput": "outputs",
+    "KVImageTextToTextPipeline": "image_text_to_text",
     "KVTextGenerationPipeline": "text_generation",
     "LongDocumentQAPipeline": "document_qa",
     "TextReport": "text_reports",
@@ -38,6 +40,7 @@ __all__ = [
     "DocumentReport",
     "GenerationReport",
     "ImageOutput",
+    "KVImageTextToTextPipeline",
     "KVTextGenerationPipeline",
     "LongDocumentQAPipeline",
     "TextReport",

@@ -16,7 +16,8 @@ if TYPE_CHECKING:
     from headkv_mm.compression import Compression
 
 TEXT_GENERATION = "text-generation"
-SERVED = (TASK, TEXT_GENERATION, LONG_DOCUMENT_QA)
+IMAGE_TEXT_TO_TEXT = "image-text-to-text"
+SERVED = (TASK, TEXT_GENERATION, LONG_DOCUMENT_QA, IMAGE_TEXT_TO_TEXT)
 _LOADING = ("revision", "token", "trust_remote_code", "device_map", "dtype")
 
 
@@ -35,11 +36,11 @@ def pipeline(
     transformers unchanged, and asking for compression there is an error: it would be ignored.
 
     Args:
-        task: "text-to-image", "text-generation", "long-document-question-answering", or any task of transformers
-            without compression.
-        model: folder, name or loaded model; the embedded model if None. For images also a diffusers folder or pipeline
-            with an autoregressive stage (GLM-Image). Without a `dtype`, weights saved in half
-            precision become float32 on the CPU.
+        task: "text-to-image", "text-generation", "long-document-question-answering", "image-text-to-text", or any task
+            of transformers without compression.
+        model: folder, name or loaded model; the embedded model if None, of tasks that have one. For images also a
+            diffusers folder or pipeline whose image tokens an autoregressive model writes. Without a `dtype`, weights
+            saved in half precision become float32 on the CPU.
         kv_compression: name of a method, such as "headkv"; see `headkv_mm.methods()`. "none" for the full cache.
         kv_budget: share of the entries kept per KV head (of the image's, or of the tokens seen), entries per KV head,
             or bytes as text.
@@ -47,8 +48,8 @@ def pipeline(
         **arguments: of `transformers.pipeline`, and of the pipeline of the task.
 
     Returns:
-        A `TextToImagePipeline`, `KVTextGenerationPipeline` or `LongDocumentQAPipeline`, or what transformers gives for
-        the other tasks.
+        A `TextToImagePipeline`, `KVTextGenerationPipeline`, `LongDocumentQAPipeline` or `KVImageTextToTextPipeline`, or
+        what transformers gives for the other tasks.
 
     Raises:
         ValueError: for compression on a task that is not served, bad compression arguments, or a model that cannot be
@@ -64,7 +65,9 @@ def pipeline(
                 "Use headkv_mm.compress(model, ...) around your own generate call instead"
             )
         return transformers.pipeline(task, model, **arguments)
-    return _text_to_image(model, kv, arguments) if task == TASK else _text(task, model, kv, arguments)
+    if task == TASK:
+        return _text_to_image(model, kv, arguments)
+    return _vision(model, kv, arguments) if task == IMAGE_TEXT_TO_TEXT else _text(task, model, kv, arguments)
 
 
 def _text_to_image(model: Any, kv: KVArguments, arguments: dict[str, Any]) -> Pipeline:
@@ -117,6 +120,23 @@ def _text(task: str, model: Any, kv: KVArguments, arguments: dict[str, Any]) -> 
         from headkv_mm.pipelines.document_qa import LongDocumentQAPipeline as pipeline_class
     arguments.setdefault("pipeline_class", pipeline_class)
     return _assemble(task, model, kv, arguments, widen=as_saved)
+
+
+def _vision(model: Any, kv: KVArguments, arguments: dict[str, Any]) -> Pipeline:
+    from headkv_mm.pipelines.image_text_to_text import KVImageTextToTextPipeline
+    from headkv_mm.pipelines.loading import load_processor, load_vision_model
+
+    kv.resolve()  # a wrong name should not wait for a model to load
+    if model is None:
+        raise ValueError(f"{IMAGE_TEXT_TO_TEXT} has no embedded model: give model=, a folder, a name or a loaded model")
+    as_saved = _is_as_saved(model, arguments)
+    if isinstance(model, str | os.PathLike):
+        folder, loading = os.fspath(model), _loading(arguments)
+        model = load_vision_model(folder, **loading)
+        if arguments.get("processor") is None:
+            arguments["processor"] = load_processor(folder, **_hub(loading))
+    arguments.setdefault("pipeline_class", KVImageTextToTextPipeline)
+    return _assemble(IMAGE_TEXT_TO_TEXT, model, kv, arguments, widen=as_saved)
 
 
 def _is_as_saved(model: Any, arguments: dict[str, Any]) -> bool:

@@ -59,6 +59,26 @@ def load_text_model(folder: str | os.PathLike[str], **load_arguments: Any) -> Pr
     return load_complete(os.fspath(folder), AutoModelForCausalLM, None, load_arguments, foreign_allowed=True)
 
 
+def load_vision_model(folder: str | os.PathLike[str], **load_arguments: Any) -> PreTrainedModel:
+    """Load a model that answers about images.
+
+    Args:
+        folder: a transformers folder, or the name of a model on the hub.
+        **load_arguments: for `from_pretrained`.
+
+    Returns:
+        The model, in evaluation mode.
+
+    Raises:
+        ValueError: if the configuration is of no such model, or the weights are unreadable, incomplete or of another
+            model.
+        OSError: if there is no such folder or model.
+    """
+    from transformers import AutoModelForImageTextToText
+
+    return load_complete(os.fspath(folder), AutoModelForImageTextToText, None, load_arguments, foreign_allowed=True)
+
+
 def load_tokenizer(folder: str | os.PathLike[str], **hub: Any) -> PreTrainedTokenizerBase:
     """Load the tokenizer of a model's folder.
 
