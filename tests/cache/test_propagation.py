@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import copy
 import gc
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -138,7 +138,7 @@ def test_layers_run_by_hand_choose_and_keep_the_same(family: str, tokens: int, b
 
 
 @pytest.fixture
-def masked(model: Any) -> Iterator[Callable[..., Tensor]]:
+def masked(model: Any) -> Callable[..., Tensor]:
     """Logits of a full cache of which every layer, row and head may see the given positions only."""
     state: dict[str, Any] = {}
 
@@ -169,7 +169,7 @@ def masked(model: Any) -> Iterator[Callable[..., Tensor]]:
         finally:
             model.set_attn_implementation(before)
 
-    yield run
+    return run
 
 
 def follow(

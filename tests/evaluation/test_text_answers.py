@@ -79,6 +79,7 @@ def test_batches_and_other_compressions_change_no_answer(model: Any, task: str) 
         Compression("none", budget=1.0),
         Compression("snapkv", budget=1 / 4),
         Compression("h2o", budget=24),
+        Compression("fastkv", budget=1 / 8, tsp_least=0),
         Compression("snapkv", budget=300),
     ]
     together = runner(model, batch_size=3).run(cell, several)
@@ -96,7 +97,32 @@ def test_the_question_is_known_when_it_should_be(model: Any) -> None:
     assert agnostic.nbytes["nbytes_full"] < aware.nbytes["nbytes_full"]
 
 
-@pytest.mark.parametrize("method", [name for name in methods("text") if name != "none"])
+@torch.no_grad()
+def test_where_only_chosen_tokens_go_on_the_model_reads_for_itself(model: Any) -> None:
+    compression, encoder, cell = (
+        Compression("fastkv", budget=1 / 8, tsp_least=0),
+        Encoder(tokenizer()),
+        Cell("single", 160),
+    )
+    (outcome,) = runner(model).run(cell, [compression])
+    for document, (answer,) in zip(cell_documents(cell, SETTINGS, encoder), outcome.answers, strict=True):
+        read = torch.tensor([encoder.document(document.text)])
+        cache = HeadKVCache(model, compression)
+        model(read, past_key_values=cache)
+        asked = torch.tensor([encoder.following(prompt_text(document, 0, []).removeprefix(document.text))])
+        ids = torch.cat([read, asked], 1)
+        grown = cache.copy(evict=False)
+        output = model.generate(ids, past_key_values=grown, do_sample=False, max_new_tokens=400)
+        assert encoder.decode(output[0, ids.shape[1] :].tolist()).startswith(answer)
+        assert answer
+    tokens = Tokens(read, torch.ones_like(read))
+    recording = Recording(model)
+    Reader(model, [2]).read(recording, tokens)
+    with pytest.raises(RuntimeError, match="not hooked up to this cache"):
+        replay(recording, HeadKVCache(model, compression))
+
+
+@pytest.mark.parametrize("method", [name for name in methods("text") if name not in ("none", "fastkv")])
 def test_a_replayed_prompt_is_a_read_prompt(model: Any, method: str) -> None:
     rows = [torch.randint(5, 400, (count,)).tolist() for count in (70, 48)]
     tokens = Tokens.padded(rows, tokenizer().pad_token_id, model.device)

@@ -89,7 +89,8 @@ class CellRunner:
     ) -> list[Outcome]:
         """Answer the questions of a cell with every compression.
 
-        A prompt goes through the model once; every compression then chooses from the same keys and values.
+        A prompt goes through the model once; every compression then chooses from the same keys and values. Only where
+        later layers see chosen tokens it goes through once more.
 
         Args:
             cell: task and length.
@@ -116,8 +117,8 @@ class _Batch:
         if self._asked:
             for prompt, document in zip(prompts, documents, strict=True):
                 prompt += self._encoder.following(question_text(document.questions[0].text))
-        self._prompt = Recording(self._model)
-        self._mask, self._scores = self._reader.read(self._prompt, self._tokens(prompts))
+        self._prompt, self._read = Recording(self._model), self._tokens(prompts)
+        self._mask, self._scores = self._reader.read(self._prompt, self._read)
 
     def answer_all(
         self, compressions: Sequence[Compression], outcomes: Sequence[Outcome], on_documents: OnDocuments
@@ -127,10 +128,14 @@ class _Batch:
         held = 0
         for compression, outcome in zip(compressions, outcomes, strict=True):
             cache = HeadKVCache(self._model, compression)
-            replay(self._prompt, cache)
+            scores = self._scores
+            if cache.propagation is None:
+                replay(self._prompt, cache)
+            else:
+                _, scores = self._reader.read(cache, self._read)
             _add_bytes(outcome.nbytes, cache)
             if not can_join(cache):
-                self._answer([(cache, outcome)], on_documents)
+                self._answer([(cache, outcome)], on_documents, scores)
                 continue
             waiting.append((cache, outcome))
             held += cache.nbytes
@@ -140,15 +145,18 @@ class _Batch:
         if waiting:
             self._answer(waiting, on_documents)
 
-    def _answer(self, group: Sequence[tuple[HeadKVCache, Outcome]], on_documents: OnDocuments) -> None:
-        """Ask with several caches together."""
+    def _answer(
+        self, group: Sequence[tuple[HeadKVCache, Outcome]], on_documents: OnDocuments, scores: Tensor | None = None
+    ) -> None:
+        """Ask with several caches together; `scores` [B, vocabulary] of the prompt if they are not the full cache's."""
         parts, rows = len(group), len(self.documents)
+        first_scores = self._scores if scores is None else scores
         replies: list[list[str]] = [[] for _ in range(parts * rows)]
         used: list[HeadKVCache] = []
         for turn, limit in enumerate(self._limits()):
             used = [cache.copy(evict=self._evicts) for cache, _ in group]
             joined = JoinedCache(used) if parts > 1 else used[0]
-            mask, first = self._ask(joined, turn, replies, parts)
+            mask, first = self._ask(joined, turn, replies, first_scores.repeat(parts, 1))
             for reply, tokens in zip(
                 replies, self._reader.answer(joined, mask, first, limit, parts=parts), strict=True
             ):
@@ -161,11 +169,19 @@ class _Batch:
             outcome.partial += [_found(*pair) for pair in zip(self.documents, given, strict=True)]
             on_documents(rows)
 
-    def _ask(self, cache: Any, turn: int, replies: Sequence[Sequence[str]], parts: int) -> tuple[Tensor, Tensor]:
-        """Read the conversation up to the question of this turn, with the answers that were given."""
+    def _ask(self, cache: Any, turn: int, replies: Sequence[Sequence[str]], scores: Tensor) -> tuple[Tensor, Tensor]:
+        """Read the conversation up to the question of this turn, with the answers that were given.
+
+        Args:
+            cache: holds the documents, once for every compression that is asked.
+            turn: number of the question.
+            replies: answers so far.
+            scores: [P * B, vocabulary] after the prompt.
+        """
+        parts = len(scores) // len(self.documents)
         mask = self._mask.repeat(parts, 1)
         if turn == 0 and self._asked:
-            return mask, self._scores.repeat(parts, 1)
+            return mask, scores
         rows = []
         for document, given in zip([*self.documents] * parts, replies, strict=True):
             questions = [question_text(question.text) for question in document.questions[: turn + 1]]

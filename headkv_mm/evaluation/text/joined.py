@@ -20,8 +20,13 @@ from headkv_mm.layer import LAYER_ATTRIBUTE, AttentionOutput, HeadKVLayer
 
 
 def can_join(cache: HeadKVCache) -> bool:
-    """Whether all layers of a cache attend by themselves; those that keep everything leave that to the model."""
-    return all(isinstance(layer, HeadKVLayer) and not layer.keeps_all for layer in cache.layers)
+    """Whether all layers of a cache attend by themselves; those that keep everything leave that to the model.
+
+    Where only chosen tokens go on to later layers, the model's layers must know the cache itself.
+    """
+    return cache.propagation is None and all(
+        isinstance(layer, HeadKVLayer) and not layer.keeps_all for layer in cache.layers
+    )
 
 
 class JoinedLayer(CacheLayerMixin):
