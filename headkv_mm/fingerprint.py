@@ -39,11 +39,25 @@ def fingerprint(model: Any) -> str:
     stated = {name: config.get(name) for name in _CONFIG}
     digest = hashlib.sha256(json.dumps(stated, sort_keys=True, default=str).encode())
     for name, weight in sorted(model.named_parameters()):
-        flat = _whole(weight.detach()).flatten()
+        flat = _whole(_loaded(model, name, weight).detach()).flatten()
         sample = flat[:: max(1, flat.numel() // _SAMPLED)][:_SAMPLED].float().cpu().contiguous()
         digest.update(f"{name} {tuple(weight.shape)}".encode())
         digest.update(sample.numpy().tobytes())
     return digest.hexdigest()[:16]
+
+
+def _loaded(model: Any, name: str, weight: Tensor) -> Tensor:
+    """A weight that accelerate may have moved out of the model, to memory or disk, until it is needed."""
+    if not weight.is_meta:
+        return weight
+    owner, _, own_name = name.rpartition(".")
+    hook = getattr(model.get_submodule(owner), "_hf_hook", None)
+    maps = [getattr(part, "weights_map", None) for part in (hook, *getattr(hook, "hooks", ()))]
+    stored = next((found for found in maps if found is not None), None)
+    if stored is None:
+        raise ValueError(f"the weight {name} has no values: load the model before it is used")
+    found: Tensor = stored[own_name]
+    return found
 
 
 def _whole(weight: Tensor) -> Tensor:

@@ -151,7 +151,8 @@ def _end(folder: ImageFolder, jobs: list[Job], failures: tuple[Failure, ...]) ->
 def _failed(prompts: PromptList, shares: Iterable[Share]) -> tuple[Failure, ...]:
     """Lines that could not be read and images that could not be drawn, in the order of the list."""
     bad = [Failure(line=line.line, id=None, error=line.error) for line in prompts.bad]
-    return tuple(sorted([*bad, *(item for share in shares for item in share.failures)], key=lambda item: item.line))
+    failures = dict.fromkeys([*bad, *(item for share in shares for item in share.failures)])
+    return tuple(sorted(failures, key=lambda item: item.line))
 
 
 def _gathered(share: Share) -> list[Share]:

@@ -99,23 +99,29 @@ def _teller(is_main: bool) -> Callable[[str], None]:
 
 
 def _settings(pipe: TextToImagePipeline, args: argparse.Namespace) -> Callable[[int], BatchSettings]:
-    """The settings of the folder for a batch size."""
+    """The settings of the folder for a batch size, which raise an error if the budget is too small for it."""
     import torch
 
     from headkv_mm.batch.settings import BatchSettings
     from headkv_mm.commands.versions import versions
     from headkv_mm.fingerprint import fingerprint
+    from headkv_mm.memory import plan_memory
 
+    own = pipe.settings()
     print_of_model = fingerprint(pipe.model)
     made_with: dict[str, Any] = {"versions": versions(), "device": pipe.device.type}
     if pipe.device.type == "cpu":
         made_with["threads"] = torch.get_num_threads()  # sums are split among them, and rounded in another order
 
     def settings(batch_size: int) -> BatchSettings:
+        if own["kv_compression"]:  # a budget in bytes is one for all rows
+            rows = batch_size if own["sampling"]["guidance_scale"] == 1 else 2 * batch_size
+            plan_memory(pipe.model, own["kv_compression"], rows=rows, image_grid=pipe.image_grid)
         values = {
             "model": print_of_model,
             "dtype": str(pipe.model.dtype).removeprefix("torch."),
-            **pipe.settings(),
+            **own,
+            "text_encoder": args.text_encoder and os.path.basename(os.path.normpath(args.text_encoder)),
             "num_images": args.num_images,
             "batch_size": batch_size,
             "scale": args.scale or 1,
@@ -129,8 +135,8 @@ def _check(pipe: TextToImagePipeline) -> Callable[[Job], None]:
     """Whether the model can read a prompt."""
 
     def check(job: Job) -> None:
-        if job.prompt.prompt is not None:
-            pipe.check_prompts([job.prompt.prompt])
+        if job.prompt.label is None:
+            pipe.check_prompts([job.prompt.prompt or ""])
         else:
             pipe.check_class_labels([job.prompt.label])
 
@@ -144,10 +150,11 @@ def _drawer(pipe: TextToImagePipeline, scale: int) -> Callable[[Sequence[Job]], 
 
     def draw(jobs: Sequence[Job]) -> tuple[list[Drawn], dict[str, Any]]:
         wanted: dict[str, Any] = {"seed": [job.seed for job in jobs], "num_images": 1, "batch_size": len(jobs)}
-        if jobs[0].prompt.prompt is not None:
-            outputs = pipe([job.prompt.prompt for job in jobs], **wanted)
+        labels = [job.prompt.label for job in jobs if job.prompt.label is not None]  # all of them, or none
+        if labels:
+            outputs = pipe(class_labels=labels, **wanted)
         else:
-            outputs = pipe(class_labels=[job.prompt.label for job in jobs], **wanted)
+            outputs = pipe([job.prompt.prompt for job in jobs], **wanted)
         report = merge_reports([outputs[0].report])  # all are of one run
         details = {
             "images_together": report.images,

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from batch_support import contents
 from PIL import Image
 
 from headkv_mm import cli
@@ -136,6 +137,7 @@ def test_several_images_of_a_prompt_from_standard_input(
         (["--device", "cpu", "--device-map", "auto"], "not allowed with argument"),
         (["--kv-budget", "1/36"], "fewer than one row"),
         (["--kv-compression", "headvk"], "unknown method"),
+        (["--kv-budget", "40KiB", "--batch-size", "20"], "40KiB"),
         (["--model", "/no/such/folder"], "no such folder"),
         (["--prompts", "/no/such/list.txt"], "No such file or directory: /no/such/list.txt"),
         (["--prompts", "list.csv"], "list.csv: prompts come from"),
@@ -163,6 +165,12 @@ def test_an_output_that_is_a_file(
     (tmp_path / "out").write_text("in the way")
     assert generate(small_image_model, prompts, tmp_path / "out") == 2
     assert f"Not a directory: {tmp_path / 'out'}" in capsys.readouterr().err
+
+
+def test_a_device_map(small_image_model: str, prompts: str, tmp_path: Path) -> None:
+    assert generate(small_image_model, prompts, tmp_path / "plain") == 1
+    assert generate(small_image_model, prompts, tmp_path / "spread", "--device-map", "auto") == 1
+    assert contents(tmp_path / "spread") == contents(tmp_path / "plain")
 
 
 def test_another_budget_in_one_folder(
