@@ -15,6 +15,7 @@ from .dispatch import (
     stratified_victims,
     tokens_needed,
     window_mass,
+    window_norms,
     window_scores,
 )
 
@@ -30,5 +31,6 @@ __all__ = [
     "stratified_victims",
     "tokens_needed",
     "window_mass",
+    "window_norms",
     "window_scores",
 ]

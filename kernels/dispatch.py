@@ -198,6 +198,35 @@ def window_scores(
     return out
 
 
+def window_norms(
+    queries: Tensor,
+    query_positions: Tensor,
+    keys: Tensor,
+    positions: Tensor,
+    start: Tensor,
+    length: Tensor,
+    value_norms: Tensor,
+    *,
+    scale: float,
+    softcap: float = 0.0,
+    sinks: Tensor | None = None,
+) -> Tensor:
+    """Norm of what each slot adds to the output, [N] float32. See `reference.window_norms`."""
+    out: Tensor = _module(keys).window_norms(
+        queries,
+        query_positions,
+        keys,
+        positions,
+        start,
+        length,
+        value_norms,
+        scale=scale,
+        softcap=softcap,
+        sinks=sinks,
+    )
+    return out
+
+
 def tokens_needed(mass: Tensor, positions: Tensor, start: Tensor, length: Tensor, *, tau: float) -> Tensor:
     """How many of the newest entries hold a share `tau` of the mass, [B, G]. See `reference.tokens_needed`."""
     out: Tensor = _module(mass).tokens_needed(mass, positions, start, length, tau=tau)

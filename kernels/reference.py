@@ -28,6 +28,7 @@ from .reference_scores import (
     regions,
     tokens_needed,
     window_mass,
+    window_norms,
     window_scores,
 )
 
@@ -43,6 +44,7 @@ __all__ = [
     "stratified_victims",
     "tokens_needed",
     "window_mass",
+    "window_norms",
     "window_scores",
 ]
 

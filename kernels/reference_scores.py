@@ -143,6 +143,53 @@ def window_scores(
     return scores
 
 
+def window_norms(
+    queries: Tensor,
+    query_positions: Tensor,
+    keys: Tensor,
+    positions: Tensor,
+    start: Tensor,
+    length: Tensor,
+    value_norms: Tensor,
+    *,
+    scale: float,
+    softcap: float = 0.0,
+    sinks: Tensor | None = None,
+) -> Tensor:
+    """How much of a layer's output a slot carries for a window of queries (arXiv 2605.07234).
+
+    Per query head the 2-norm, over the window, of the attention that the slot gets, times the norm of what the head
+    adds to the output for it; the mean over the group.
+
+    Args:
+        queries, query_positions, softcap, sinks: as in `window_mass`.
+        value_norms: [N, R] float32 (float64 for float64 input), R = H / G: the norm of the slot's value after the output
+            projection of each head of the group.
+
+    Returns:
+        [N] float32 (float64 for float64 input), zero outside the regions.
+    """
+    _, window, heads, _ = queries.shape
+    group = heads // start.shape[1]
+    dtype = accumulation_dtype(queries.dtype)
+    norms = torch.zeros(keys.shape[0], dtype=dtype, device=keys.device)
+    for b, g, slots in regions(start, length):
+        squares = torch.zeros(group, slots.stop - slots.start, dtype=dtype, device=keys.device)  # [R, n]
+        for q in range(0, window, _QUERIES_AT_ONCE):
+            some = slice(q, q + _QUERIES_AT_ONCE)
+            h = slice(g * group, (g + 1) * group)
+            logits = capped(queries[b, some, h].to(dtype) @ keys[slots].to(dtype).T * scale, softcap)  # [Q, R, n]
+            visible = positions[slots][None, :] <= query_positions[b, some][:, None]  # [Q, n]
+            logits = logits.masked_fill(~visible[:, None], float("-inf"))
+            if sinks is not None:
+                sink = sinks[h].to(dtype).expand(len(logits), group)[..., None]  # [Q, R, 1]
+                logits = torch.cat([logits, sink], -1)
+            weights = logits.softmax(-1).nan_to_num(0.0)[..., : squares.shape[1]]
+            squares += weights.square().sum(0)
+        norms[slots] = (squares.sqrt() * value_norms[slots].to(dtype).T).mean(0)
+    return norms
+
+
 def tokens_needed(mass: Tensor, positions: Tensor, start: Tensor, length: Tensor, *, tau: float) -> Tensor:
     """How many of the newest entries hold a share `tau` of each region's mass.
 

@@ -12,6 +12,7 @@ from .stratified_victims import stratified_victims
 from .tokens_needed import tokens_needed
 from .warm_up import warm_up
 from .window_mass import head_mass, window_mass
+from .window_norms import window_norms
 from .window_scores import window_scores
 
 __all__ = [
@@ -26,5 +27,6 @@ __all__ = [
     "tokens_needed",
     "warm_up",
     "window_mass",
+    "window_norms",
     "window_scores",
 ]

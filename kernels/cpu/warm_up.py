@@ -15,6 +15,7 @@ from .slot_write import worker_for as slot_write_worker_for
 from .stratified_victims import the_worker as stratified_victims_worker
 from .tokens_needed import the_worker as tokens_needed_worker
 from .window_mass import worker_for as window_mass_worker_for
+from .window_norms import worker_for as window_norms_worker_for
 from .window_scores import the_worker as pool_worker
 
 
@@ -35,6 +36,7 @@ def warm_up(dtypes: Iterable[torch.dtype] = (torch.float32,), head_sizes: Iterab
         decode_worker_for(dtype)
         slot_write_worker_for(dtype)
         window_mass_worker_for(dtype)
+        window_norms_worker_for(dtype)
         mean_query_logits_worker_for(dtype)
         fill_holes_worker_for(dtype)
         gather_regions_worker_for(dtype)

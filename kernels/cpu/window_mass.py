@@ -34,19 +34,20 @@ from .tokens_needed import tokens_needed
 )
 (_START, _LENGTH, _FIRST_POSITION, _SOFTCAP, _SINKS, _MASS) = range(FIRST + 10, FIRST + 16)
 
-_AT_ONCE = 32
+AT_ONCE = 32
 """Queries per pass over a region's keys: bounds the scratch to this many floats per slot of the longest region."""
 
 
 @jit
-def _mask(logits: Any, positions: Any, newest: Any, oldest: Any) -> None:
+def mask(logits: Any, positions: Any, newest: Any, oldest: Any) -> None:
+    """-inf where a position is newer than `newest` or older than `oldest`."""
     for j in range(logits.size):
         position = positions[j]
         logits[j] = logits[j] if (position <= newest) & (position >= oldest) else np.float32(-np.inf)
 
 
 @jit
-def _seen_by_any(positions: Any, begin: Any, count: Any, newest: Any) -> Any:
+def seen_by_any(positions: Any, begin: Any, count: Any, newest: Any) -> Any:
     """Slots up to the last that a query at `newest` sees: in a sorted region, half the work of a whole prompt."""
     while count > 0 and positions[begin + count - 1] > newest:
         count -= 1
@@ -69,18 +70,18 @@ def _window_mass(address: int, element: Any) -> None:
     start, length = int32s(job[_START], regions), int32s(job[_LENGTH], regions)
     mass = float32s(job[_MASS], slots)
     mean = np.float32(1.0 / (window * group))
-    logits = np.empty((min(_AT_ONCE, window * group), longest(length)), np.float32)
+    logits = np.empty((min(AT_ONCE, window * group), longest(length)), np.float32)
     region = next_region(job, length)
     while region >= 0:
         row = region // heads
         begin = np.int64(start[region])
         oldest = first_position[row] if first_position.size > 0 else np.int32(-(2**31))
-        for q in range(0, window * group, _AT_ONCE):
-            block = queries[region, q : q + _AT_ONCE]
+        for q in range(0, window * group, AT_ONCE):
+            block = queries[region, q : q + AT_ONCE]
             newest = np.int64(-(2**31))
             for r in range(block.shape[0]):
                 newest = max(newest, np.int64(query_positions[row, (q + r) // group]))
-            count = _seen_by_any(positions, begin, np.int64(length[region]), newest)
+            count = seen_by_any(positions, begin, np.int64(length[region]), newest)
             # Slices from here on: an index that might be negative keeps a loop from using vector registers.
             own_positions, own_mass = positions[begin : begin + count], mass[begin : begin + count]
             group_logits(block, keys, begin, count, scale, logits)
@@ -88,7 +89,7 @@ def _window_mass(address: int, element: Any) -> None:
                 weights = logits[r, :count]
                 if softcap > 0:
                     soft_cap(weights, softcap)
-                _mask(weights, own_positions, query_positions[row, (q + r) // group], oldest)
+                mask(weights, own_positions, query_positions[row, (q + r) // group], oldest)
                 sink = sinks[region % heads * group + (q + r) % group] if has_sink else np.float32(0.0)
                 total = softmax_weights(weights, sink, has_sink)
                 if total > 0:  # otherwise the query sees nothing

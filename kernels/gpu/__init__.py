@@ -16,6 +16,7 @@ from .slot_write import slot_write
 from .stratified_victims import stratified_victims
 from .tokens_needed import head_mass, tokens_needed
 from .window_mass import window_mass
+from .window_norms import window_norms
 from .window_scores import window_scores
 
 __all__ = [
@@ -30,5 +31,6 @@ __all__ = [
     "stratified_victims",
     "tokens_needed",
     "window_mass",
+    "window_norms",
     "window_scores",
 ]

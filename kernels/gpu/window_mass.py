@@ -31,7 +31,7 @@ from .common import (
 
 
 @triton.jit
-def _window_rows(row, m, G, window, R: tl.constexpr):
+def window_rows(row, m, G, window, R: tl.constexpr):
     """Index of query row m of a region in [B, Q, H], and of its position in [B, Q]."""
     b = row // G
     at = b * window + m // R
@@ -39,7 +39,7 @@ def _window_rows(row, m, G, window, R: tl.constexpr):
 
 
 @triton.jit
-def _visible(positions, slots, ok, query_position, query_ok, first_position, b):
+def visible_slots(positions, slots, ok, query_position, query_ok, first_position, b):
     """[m, n]: which slots each query sees."""
     position = tl.load(positions + slots, mask=ok, other=0)
     if first_position is not None:
@@ -78,7 +78,7 @@ def window_lse_kernel(
     base = tl.load(start + row).to(tl.int64)
     m = tl.program_id(2) * BLOCK_M + tl.arange(0, BLOCK_M)
     m_ok = m < window * R
-    index, at = _window_rows(row, m, G, window, R)
+    index, at = window_rows(row, m, G, window, R)
     q = load_tile(queries, index, m_ok, D, DP)
     query_position = tl.load(query_positions + at, mask=m_ok, other=-1)
     peak = tl.full([BLOCK_M], NEGATIVE, tl.float32)
@@ -88,7 +88,7 @@ def window_lse_kernel(
         ok = t < n
         k = load_tile(keys, base + t, ok, D, DP)
         logits = logits_base2(dot_keys(q, k, UPCAST), scale, softcap, SOFTCAP)  # [BLOCK_M, BLOCK_N]
-        visible = _visible(positions, base + t, ok, query_position, m_ok, first_position, row // G)
+        visible = visible_slots(positions, base + t, ok, query_position, m_ok, first_position, row // G)
         logits = tl.where(visible, logits, NEGATIVE)
         new_peak = tl.maximum(peak, tl.max(logits, 1))
         # A block may hold nothing that a query sees, so masked weights are zeroed rather than left to exp2.
@@ -136,12 +136,12 @@ def window_mass_kernel(
         for m_first in tl.range(0, window * R, BLOCK_M):
             m = m_first + tl.arange(0, BLOCK_M)
             m_ok = m < window * R
-            index, at = _window_rows(row, m, G, window, R)
+            index, at = window_rows(row, m, G, window, R)
             q = load_tile(queries, index, m_ok, D, DP)
             query_position = tl.load(query_positions + at, mask=m_ok, other=-1)
             total = tl.load(lse + row * (window * R) + m, mask=m_ok, other=0.0)
             logits = logits_base2(dot_keys(q, k, UPCAST), scale, softcap, SOFTCAP)
-            visible = _visible(positions, base + t, ok, query_position, m_ok, first_position, row // G)
+            visible = visible_slots(positions, base + t, ok, query_position, m_ok, first_position, row // G)
             weights = tl.exp2(logits - total[:, None] * LOG2E)
             received += tl.sum(tl.where(visible, weights, 0.0), 0)
         tl.store(mass + base + t, received / (window * R), mask=ok)
@@ -173,23 +173,65 @@ def window_mass(
     queries, query_positions = queries.contiguous(), query_positions.contiguous()
     start, length = start.contiguous(), length.contiguous()
     check_contiguous(first_position=first_position)
-    window = queries.shape[1]
-    group = queries.shape[2] // start.shape[1]
-    rows = window * group
-    block_m = min(64, max(16, int(triton.next_power_of_2(rows))))
-    block_n = min(64, block_slots(size, keys.dtype))
-    parts = programs_per_region(regions, keys.shape[0], block_n)
-    shape = {"window": window, "R": group, "D": size, "DP": padded_head_size(size)}
-    blocks = {"BLOCK_M": block_m, "BLOCK_N": block_n, "SOFTCAP": softcap > 0, "UPCAST": upcast(queries, keys)}
-    storage = (queries, query_positions, keys, positions, start, length, first_position)
+    storage = (queries, query_positions, keys, positions, start, length)
+    lse = window_log_sums(*storage, scale=scale, first_position=first_position, softcap=softcap, sinks=sinks)
+    shape, blocks, parts = _launch(queries, keys, start, softcap)
     numbers = (float(scale), float(softcap), start.shape[1])
+    window_mass_kernel[(regions, parts)](*storage, first_position, lse, mass, *numbers, **shape, **blocks, **OPTIONS)
+    return mass
+
+
+def window_log_sums(
+    queries: Tensor,
+    query_positions: Tensor,
+    keys: Tensor,
+    positions: Tensor,
+    start: Tensor,
+    length: Tensor,
+    *,
+    scale: float,
+    first_position: Tensor | None = None,
+    softcap: float = 0.0,
+    sinks: Tensor | None = None,
+) -> Tensor:
+    """Natural log-sum-exp of each query's logits over what it sees, sinks included, [B * G, Q * R] float32.
+
+    Tensors are contiguous; queries are numbered as in the kernels.
+    """
+    regions, group = start.numel(), queries.shape[2] // start.shape[1]
+    shape, blocks, parts = _launch(queries, keys, start, softcap)
+    window, rows = shape["window"], shape["window"] * group
     lse = torch.empty((regions, parts, rows), dtype=torch.float32, device=keys.device)
-    window_lse_kernel[(regions, parts, triton.cdiv(rows, block_m))](
-        *storage, lse, *numbers, **shape, **blocks, STAGES=STAGES, **OPTIONS
+    window_lse_kernel[(regions, parts, triton.cdiv(rows, blocks["BLOCK_M"]))](
+        queries,
+        query_positions,
+        keys,
+        positions,
+        start,
+        length,
+        first_position,
+        lse,
+        float(scale),
+        float(softcap),
+        start.shape[1],
+        **shape,
+        **blocks,
+        STAGES=STAGES,
+        **OPTIONS,
     )
     lse = lse.logsumexp(1)  # [B * G, Q * R]
     if sinks is not None:
         sink = sinks.float().view(1, -1, 1, group).expand(start.shape[0], -1, window, -1)  # [B, G, Q, R]
         lse = torch.logaddexp(lse, sink.reshape(regions, rows))
-    window_mass_kernel[(regions, parts)](*storage, lse, mass, *numbers, **shape, **blocks, **OPTIONS)
-    return mass
+    return lse
+
+
+def _launch(queries: Tensor, keys: Tensor, start: Tensor, softcap: float) -> tuple[dict[str, int], dict[str, int], int]:
+    """What both kernels are told about sizes and blocks, and the programs per region."""
+    window, size = queries.shape[1], keys.shape[-1]
+    group = queries.shape[2] // start.shape[1]
+    block_m = min(64, max(16, int(triton.next_power_of_2(window * group))))
+    block_n = min(64, block_slots(size, keys.dtype))
+    shape = {"window": window, "R": group, "D": size, "DP": padded_head_size(size)}
+    blocks = {"BLOCK_M": block_m, "BLOCK_N": block_n, "SOFTCAP": softcap > 0, "UPCAST": upcast(queries, keys)}
+    return shape, blocks, programs_per_region(start.numel(), keys.shape[0], block_n)

@@ -131,6 +131,43 @@ def test_window_scores_are_the_dense_formula(options: str, pooling: str, monkeyp
     torch.testing.assert_close(got, torch.tensor(want, dtype=torch.float64), atol=1e-13, rtol=1e-12)
 
 
+@pytest.mark.parametrize("options", ["plain", "everything"])
+def test_window_norms_are_the_dense_formula(options: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Key by key and query by query, as above; the root of the sum of squares, head by head."""
+    monkeypatch.setattr(reference_scores, "_QUERIES_AT_ONCE", 3)
+    _, keys, _, start, length = dense_rows([[5, 9], [0, 1]], 8, 2)
+    generator = torch.Generator().manual_seed(4)
+    positions = torch.full((len(keys),), -7, dtype=torch.int32)
+    for begin, n in zip(start.flatten().tolist(), length.flatten().tolist()):
+        positions[begin : begin + n] = torch.randperm(12, generator=generator)[:n].int()
+    queries = torch.randn(2, 7, 4, 8, dtype=torch.float64, generator=generator) * 2
+    query_positions = int32([[3, 11, -1, 0, 7, 7, 9], [-1, 5, 12, 1, 0, 2, 30]])
+    norms = torch.rand(len(keys), 2, dtype=torch.float64, generator=generator)
+    cap = 1.5 if options == "everything" else 0.0
+    sinks = torch.randn(4, dtype=torch.float64, generator=generator) if options == "everything" else None
+    got = reference.window_norms(
+        queries, query_positions, keys, positions, start, length, norms, scale=0.4, softcap=cap, sinks=sinks
+    )
+    want = [0.0] * len(keys)
+    for b in range(2):
+        for g in range(2):
+            region = range(int(start[b, g]), int(start[b, g] + length[b, g]))
+            for r in range(2):
+                squares = dict.fromkeys(region, 0.0)
+                for q in range(7):
+                    seen = [j for j in region if positions[j] <= query_positions[b, q]]
+                    logits = {j: 0.4 * float(queries[b, q, 2 * g + r] @ keys[j]) for j in seen}
+                    if cap:
+                        logits = {j: cap * math.tanh(x / cap) for j, x in logits.items()}
+                    below = sum(math.exp(x) for x in logits.values())
+                    below += math.exp(float(sinks[2 * g + r])) if sinks is not None else 0.0
+                    for j, x in logits.items():
+                        squares[j] += (math.exp(x) / below) ** 2
+                for j in region:
+                    want[j] += math.sqrt(squares[j]) * float(norms[j, r]) / 2
+    torch.testing.assert_close(got, torch.tensor(want, dtype=torch.float64), atol=1e-13, rtol=1e-12)
+
+
 def test_pooling_by_hand() -> None:
     """Weights 1/2, 1/4, 1/4 and, in a region of its own, 1: nothing crosses the border between the two."""
     keys, positions = torch.tensor([[math.log(2)], [0.0], [0.0], [9.0]]), int32([0, 1, 2, 0])

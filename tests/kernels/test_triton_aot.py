@@ -31,6 +31,7 @@ KERNELS = DECODE | {
     "tokens_needed_kernel",
     "window_lse_kernel",
     "window_mass_kernel",
+    "window_norms_kernel",
 }
 
 pytestmark = [

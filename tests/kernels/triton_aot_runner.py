@@ -99,6 +99,10 @@ def run_launchers(dtype: torch.dtype, size: int, group: int, *, decode_only: boo
     gpu.head_mass(queries, query_positions, keys, positions, start, length, scale=0.1, tau=0.9, first_position=first)
     pooling = {"pool": 7, "pooling": "mean" if options else "max", "softcap": softcap, "sinks": sinks}
     gpu.window_scores(queries, query_positions, keys, positions, start, length, scale=0.1, **pooling)
+    norms = meta(slots, heads // groups, dtype=torch.float32)
+    gpu.window_norms(
+        queries, query_positions, keys, positions, start, length, norms, scale=0.1, softcap=softcap, sinks=sinks
+    )
     gpu.mean_query_logits(meta(batch, heads, size, dtype=torch.float32), keys, start, length, scale=0.1)
     bounds = {"first": meta(batch, groups), "last": meta(batch, groups), "evict": meta(batch, groups)}
     victims = gpu.stratified_victims(mass, positions, start, length, **bounds, strata_ratio=0.5)

@@ -150,6 +150,27 @@ def check_window_scores(backend: Any, device: str, dtype: torch.dtype) -> None:
         close(got, want, WEIGHT_TOLERANCE)
 
 
+def check_window_norms(backend: Any, device: str, dtype: torch.dtype) -> None:
+    """More heads than one in a group, pad queries, softcap, sinks; more queries than one tile."""
+    for group, window, size, softcap, sinks in (
+        (2, 5, 80, 0.0, None),
+        (1, 70, 32, 2.0, None),
+        (3, 9, 16, 0.0, torch.tensor([0.5, -1.0, float("-inf"), 3.0, 0.0, 1.0])),
+    ):
+        s = storage([[0, 1], [2, 65], [300, 33]], size, dtype, device, seed=window)
+        options = {"scale": 0.3, "softcap": softcap, "sinks": None if sinks is None else sinks.to(device)}
+        queries = s.normal(3, window, 2 * group, size)
+        query_positions = s.integers(0, 600, 3, window)
+        query_positions[1, :2] = -1
+        norms = s.normal(len(s.positions), group, dtype=torch.float32).abs()
+        got = backend.window_norms(queries, query_positions, s.keys, s.positions, s.start, s.length, norms, **options)
+        arguments = (query_positions, s.keys.double(), s.positions, s.start, s.length, norms.double())
+        want = reference.window_norms(queries.double(), *arguments, **options)
+        assert got.dtype == torch.float32
+        assert want.sum() > 1
+        close(got, want, WEIGHT_TOLERANCE)
+
+
 def check_tokens_needed(backend: Any, device: str, dtype: torch.dtype) -> None:
     """Exact sums, so exact counts, also where the target is hit on the dot; no mass at all gives 0."""
     del dtype
