@@ -55,7 +55,7 @@ def tracing(model: PreTrainedModel, head: nn.Module, *, again: Trace | None = No
 
     def before(module: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
         cache, embeds = kwargs["past_key_values"], kwargs.get("inputs_embeds", kwargs.get("input_ids"))
-        if not isinstance(cache, HeadKVCache) or embeds.shape[1] > 1:
+        if not isinstance(cache, HeadKVCache) or embeds.shape[1] > 1 or not cache.get_seq_length():
             trace.attended.append(None)
             return
         layers = []
