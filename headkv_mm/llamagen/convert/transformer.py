@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -134,7 +135,7 @@ def grid_in(checkpoint: Checkpoint, sizes: TransformerSizes) -> int | None:
     if "freqs_cis" not in checkpoint:
         return None
     table = checkpoint.take("freqs_cis").float()  # [P + grid^2, head_size / 2, 2]
-    grid = round((len(table) - sizes.condition) ** 0.5)
+    grid = math.isqrt(max(len(table) - sizes.condition, 0))
     quarter = sizes.width // sizes.heads // 4
     angles = torch.arange(grid)[:, None] * _THETA ** (-torch.arange(quarter) / quarter)  # [grid, head_size / 4]
     both = torch.cat((angles.repeat_interleave(grid, 0), angles.repeat(grid, 1)), dim=-1)
