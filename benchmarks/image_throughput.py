@@ -129,7 +129,7 @@ def main(argv: list[str] | None = None) -> int:
     compressions = [Compression(m, budget=parse_budget(b)) for m in args.methods for b in args.budgets]
     gate(build(shape, 1, args.device, dtype, args.guidance), compressions)
     bench = build(shape, args.layers, args.device, dtype, args.guidance)
-    result = {
+    result: dict[str, Any] = {
         "benchmark": "image_throughput",
         "settings": {name: value for name, value in vars(args).items() if name != "json"},
         "shape": shape.title,
@@ -137,19 +137,21 @@ def main(argv: list[str] | None = None) -> int:
         "grid": [bench.adapter.grid.height, bench.adapter.grid.width, bench.adapter.grid.row_stride],
         "layers": bench.model.config.get_text_config(decoder=True).num_hidden_layers,
         "gate": "passed",
-        "batches": [measure(bench, batch, args) for batch in args.batch],
+        "batches": [],
         "versions": versions(),
     }
-    for found in result["batches"]:
+    for batch in args.batch:
+        found = measure(bench, batch, args)
+        result["batches"].append(found)
         for run in found["results"]:
             print(
-                f"batch {found['batch']:<4} {run['method']:<9} {run['budget']:<4} {run['seconds']:8.1f} s "
+                f"batch {batch:<4} {run['method']:<9} {run['budget']:<4} {run['seconds']:8.1f} s "
                 f"{run['cpu_seconds']:8.1f} CPU s {run['tokens_per_second']:8.1f} tokens/s {run['speed_up']:6.2f}x "
                 f"{run['cache_bytes'] / 2**20:9.1f} MiB"
             )
-    if args.json is not None:
-        args.json.parent.mkdir(parents=True, exist_ok=True)
-        args.json.write_text(json.dumps(result, indent=1) + "\n")
+        if args.json is not None:  # after every batch size: the next one may be too much for the machine
+            args.json.parent.mkdir(parents=True, exist_ok=True)
+            args.json.write_text(json.dumps(result, indent=1) + "\n")
     return 0
 
 

@@ -37,10 +37,8 @@ class RandomWords:
     def __call__(self, text: str | list[str], **_: Any) -> dict[str, Any]:
         """Ids, and what Emu3's processor says of the image."""
         if isinstance(text, str):
-            return {
-                "input_ids": [self.bos_token_id, *range(100, 98 + self.length)]
-            }  # one is added: it begins the image
-        ids = torch.arange(100, 100 + self.length).expand(len(text), -1)
+            return {"input_ids": [self.bos_token_id, *self.words(self.length - 2)]}  # one is added: it begins the image
+        ids = torch.tensor([self.words(self.length)] * len(text))
         return {"input_ids": ids, "attention_mask": torch.ones_like(ids), "image_sizes": [self.size]}
 
 
@@ -88,8 +86,6 @@ class Bench:
             return run
         if config.model_type == "janus":
             names = ("input_ids", "attention_mask")
-            self.model.generation_config.pad_token_id = RandomWords.pad_token_id
-            self.model.generation_config.generation_kwargs = {"boi_token_id": RandomWords.boi_token_id}
 
             def run() -> GeneratedTokens:
                 kept = {name: inputs[name] for name in names}
@@ -111,6 +107,9 @@ def build(shape: Shape, layers: int | None, device: str, dtype: torch.dtype, gui
             model = model_class(config)(config).eval()
     finally:
         torch.set_default_dtype(before)
+    own = model.generation_config
+    own.bos_token_id, own.pad_token_id = RandomWords.bos_token_id, RandomWords.pad_token_id
+    own.generation_kwargs = {"boi_token_id": RandomWords.boi_token_id}
     words = RandomWords(shape.condition, (shape.grid.height, shape.grid.width))
     return Bench(shape, model, adapter_class_for(config)(model, words, words), guidance)
 
@@ -132,6 +131,7 @@ def gate(small: Bench, compressions: list[Compression]) -> None:
     embeddings = torch.randn(2, 8 + steps, text.hidden_size, generator=generator).to(
         small.model.device, small.model.dtype
     )
+    (projection,) = (module for name, module in decoder.named_modules() if name.endswith("self_attn.o_proj"))
     for compression in compressions:
         caches = (
             HeadKVCache(small.model, "none", image_grid=grid),
@@ -139,8 +139,19 @@ def gate(small: Bench, compressions: list[Compression]) -> None:
         )
         for step in range(steps):
             part = embeddings[:, :8] if step == 0 else embeddings[:, 7 + step : 8 + step]  # [2, T, hidden]
-            with torch.no_grad():
-                full, ours = (decoder(inputs_embeds=part, past_key_values=cache).last_hidden_state for cache in caches)
+            full, ours = (attention_of(decoder, projection, part, cache) for cache in caches)
             error = float((full - ours).abs().max() / full.abs().max())
             if not error <= tolerance:
                 raise SystemExit(f"gate failed: {compression} is off by {error:.1e} before evicting; nothing is timed")
+
+
+def attention_of(decoder: Any, projection: torch.nn.Module, embeddings: torch.Tensor, cache: Any) -> torch.Tensor:
+    """What attention hands on, [B, T, H * D], of new columns on a cache."""
+    seen: list[torch.Tensor] = []
+    hook = projection.register_forward_pre_hook(lambda module, inputs: seen.append(inputs[0]))
+    try:
+        with torch.no_grad():
+            decoder(inputs_embeds=embeddings, past_key_values=cache)
+    finally:
+        hook.remove()
+    return seen[0]
