@@ -74,7 +74,7 @@ def load_diffusers_pipeline(name: str, **load_arguments: Any) -> Any:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", FutureWarning)  # newer diffusers call it dtype, older ones know only this
             pipeline = GlmImagePipeline.from_pretrained(name, torch_dtype=dtype, **skipped, **hub)
-    except (OSError, ValueError, TypeError, RuntimeError, KeyError, AttributeError) as error:
+    except (OSError, ValueError, TypeError, RuntimeError, KeyError, AttributeError, ImportError) as error:
         raise ValueError(f"the diffusers folder {name} cannot be read: {first_line(error)}") from error
     if model is not None:
         pipeline.register_modules(**{_MODEL: model})
