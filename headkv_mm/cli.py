@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The command line: `headkv-mm generate | ask | heads | plan | convert | methods | doctor | evaluate`."""
+"""The command line: `headkv-mm generate | ask | heads | calibrate | plan | convert | methods | doctor | evaluate`."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import sys
 from collections.abc import Callable, Sequence
 from typing import NoReturn
 
-from headkv_mm.commands import ask, convert, doctor, generate, heads, methods, plan
+from headkv_mm.commands import ask, calibrate, convert, doctor, generate, heads, methods, plan
 from headkv_mm.evaluation import command as evaluate
 
 PROGRAM = "headkv-mm"
@@ -17,6 +17,7 @@ COMMANDS = {
     "generate": generate,
     "ask": ask,
     "heads": heads,
+    "calibrate": calibrate,
     "plan": plan,
     "convert": convert,
     "methods": methods,

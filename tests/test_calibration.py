@@ -267,7 +267,7 @@ def test_a_broken_off_calibration_goes_on(tmp_path: Path) -> None:
     ("text", "message"),
     [
         ("{", "is no JSON"),
-        ('{"format": "other"}', "is no unfinished head table"),
+        ('{"format": "other"}', "is no unfinished calibration of this kind"),
         ('{"format": "headkv-mm heads in progress", "settings": {}}', "other settings"),
     ],
 )

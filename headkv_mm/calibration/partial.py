@@ -32,20 +32,38 @@ class Progress:
 
 
 def load_progress(path: Path, settings: Mapping[str, Any]) -> Progress:
-    """Read what an earlier run left, or begin.
+    """Read what an earlier calibration of heads left, or begin; see `load_partial`."""
+    found = load_partial(path, FORMAT, settings)
+    try:
+        return Progress() if found is None else Progress(**found)
+    except TypeError as error:
+        raise ValueError(f"{path} is damaged: delete it to begin anew") from error
+
+
+def save_progress(path: Path, settings: Mapping[str, Any], progress: Progress) -> None:
+    """Write the file whole; floats are kept to the last bit."""
+    save_partial(path, FORMAT, settings, asdict(progress))
+
+
+def load_partial(path: Path, format: str, settings: Mapping[str, Any]) -> dict[str, Any] | None:
+    """Read what an earlier run of a calibration left.
 
     Args:
         path: the file.
+        format: of which calibration it must be.
         settings: of this run, as JSON types.
 
+    Returns:
+        What `save_partial` was given, or None if there is no file.
+
     Raises:
-        ValueError: if the file is of other settings, or unreadable.
+        ValueError: if the file is of other settings, of another calibration, or unreadable.
     """
     if not path.exists():
-        return Progress()
+        return None
     content = read_json(path)
-    if content.get("format") != FORMAT:
-        raise ValueError(f"{path} is no unfinished head table: delete it, or choose another --output")
+    if content.get("format") != format:
+        raise ValueError(f"{path} is no unfinished calibration of this kind: delete it, or choose another --output")
     found = content.get("settings")
     if found != settings:
         old = found if isinstance(found, dict) else {}
@@ -54,13 +72,13 @@ def load_progress(path: Path, settings: Mapping[str, Any]) -> Progress:
         raise ValueError(
             f"{path} was begun with other settings ({', '.join(differing)}): repeat them to go on, or delete it"
         )
-    try:
-        return Progress(**content["progress"])
-    except (KeyError, TypeError) as error:
-        raise ValueError(f"{path} is damaged: delete it to begin anew") from error
+    progress = content.get("progress")
+    if not isinstance(progress, dict):
+        raise ValueError(f"{path} is damaged: delete it to begin anew")
+    return progress
 
 
-def save_progress(path: Path, settings: Mapping[str, Any], progress: Progress) -> None:
+def save_partial(path: Path, format: str, settings: Mapping[str, Any], progress: Mapping[str, Any]) -> None:
     """Write the file whole; floats are kept to the last bit."""
-    content = {"format": FORMAT, "settings": dict(settings), "progress": asdict(progress)}
+    content = {"format": format, "settings": dict(settings), "progress": dict(progress)}
     write_text(path, json.dumps(content, allow_nan=False) + "\n")

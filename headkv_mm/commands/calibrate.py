@@ -6,8 +6,11 @@ from __future__ import annotations
 import argparse
 from types import ModuleType
 
+from headkv_mm.commands import calibrate_tsp
+
 HELP = "measure once what a method needs to know about a model"
-KINDS: dict[str, ModuleType] = {}
+EXAMPLE = "headkv-mm calibrate tsp path/to/model --output tsp.json"
+KINDS: dict[str, ModuleType] = {"tsp": calibrate_tsp}
 """A module per kind, with HELP, EXAMPLE, add_arguments and run, as the modules of the commands have them."""
 
 
