@@ -12,6 +12,7 @@ from .scorers import (
     KeyDifference,
     KeyNorm,
     LastQuery,
+    OutputNorm,
     Random,
     Recency,
     RecentQueries,
@@ -117,6 +118,13 @@ register_method(
     text=Pieces(Redundancy(), Uniform(window=8), _BY_SCORE, EachInterval()),
     description="The same budget for every head; what the last queries attend to and no newer entry repeats.",
     source="arXiv 2505.24133",
+)
+register_method(
+    "laprox",
+    image=Pieces(OutputNorm(pool=1), Pooled(alpha=0.0), _BY_SCORE, AfterGrouping()),
+    text=Pieces(OutputNorm(), Pooled(alpha=0.0, scope="model"), _BY_SCORE, EachInterval()),
+    description="All heads of the model compete by what an entry adds to the layers' outputs for the last queries.",
+    source="arXiv 2605.07234",
 )
 register_method(
     "ams",

@@ -163,8 +163,8 @@ def window_norms(
 
     Args:
         queries, query_positions, softcap, sinks: as in `window_mass`.
-        value_norms: [N, R] float32 (float64 for float64 input), R = H / G: the norm of the slot's value after the output
-            projection of each head of the group.
+        value_norms: [N, R] float32 (float64 for float64 input), R = H / G: the norm of the slot's value after the
+            output projection of each head of the group.
 
     Returns:
         [N] float32 (float64 for float64 input), zero outside the regions.

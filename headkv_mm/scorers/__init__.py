@@ -5,6 +5,7 @@ from .attention import AccumulatedAttention, LastQuery, WindowAttention
 from .chance import Random
 from .expected import ExpectedAttention
 from .keys import KeyDifference, KeyNorm
+from .output_norm import OutputNorm
 from .recent import Recency, RecentQueries
 from .redundancy import Redundancy
 
@@ -14,6 +15,7 @@ __all__ = [
     "KeyDifference",
     "KeyNorm",
     "LastQuery",
+    "OutputNorm",
     "Random",
     "Recency",
     "RecentQueries",

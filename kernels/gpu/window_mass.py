@@ -167,7 +167,7 @@ def window_mass(
     """
     check_storage(keys, positions=positions)
     mass = torch.zeros(keys.shape[0], dtype=torch.float32, device=keys.device)
-    regions, size = start.numel(), keys.shape[-1]
+    regions = start.numel()
     if regions == 0 or queries.numel() == 0:
         return mass
     queries, query_positions = queries.contiguous(), query_positions.contiguous()
