@@ -197,7 +197,8 @@ def _report(outcome: Outcome, prompts: PromptList, args: argparse.Namespace) -> 
         print(f"headkv-mm: {prompts.source}, line {item.line} ({item.id}): {item.error}", file=sys.stderr)
     print(f"{_counted(outcome.images, 'image')} in {args.output}, {outcome.drawn} of them drawn now")
     if outcome.failures:
-        what = f"{_counted(len(failures), 'prompt')} could not be drawn, {_counted(unread, 'line')} not be read"
+        counts = ((unread, "line", "read"), (len(failures), "prompt", "drawn"))
+        what = " and ".join(f"{_counted(count, noun)} could not be {done}" for count, noun, done in counts if count)
         print(f"{what}: see {os.path.join(args.output, 'failed.jsonl')}; the same command tries them again")
 
 

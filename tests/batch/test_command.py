@@ -52,7 +52,7 @@ def test_a_list(small_image_model: str, prompts: str, tmp_path: Path, capsys: py
         *("config.json", "manifest.jsonl", "timings.jsonl", "failed.jsonl"),
     }
     printed = capsys.readouterr()
-    assert "2 images in" in printed.out and "1 prompt could not be drawn, 1 line not be read" in printed.out
+    assert "2 images in" in printed.out and "1 line could not be read and 1 prompt could not be drawn" in printed.out
     assert "line 4: is no JSON" in printed.err and "line 2 (zebra): unknown word 'zebra'" in printed.err
     first, second = read_lines(out / "manifest.jsonl")
     assert (first["id"], first["seed"], first["read_as"]) == ("00001", 5, "red circle top on white")
