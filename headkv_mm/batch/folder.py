@@ -16,6 +16,7 @@ it; after a kill the next run moves the rest.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import shutil
@@ -46,6 +47,7 @@ class ImageFolder:
         self._staging = self._work / _STAGING
         self._lock = FolderLock(self._work / "lock")
         self._made: list[Path] = []
+        self._opened = False
 
     def open(self) -> None:
         """Make the folder and take it over from an earlier run. For the main process, before the others `join`.
@@ -66,6 +68,7 @@ class ImageFolder:
         if not free:
             self._lock.release()
             raise ValueError(f"{self.path} is being written by another run: wait for its end, or stop it")
+        self._opened = True
         shutil.rmtree(self._staging, ignore_errors=True)
         self._staging.mkdir(exist_ok=True)
         self._done.mkdir(exist_ok=True)
@@ -83,10 +86,12 @@ class ImageFolder:
         self._lock.take(shared=True)
 
     def abandon(self) -> None:
-        """Let go after an error, and leave no empty folder behind."""
+        """Let go after an error; the process that opened the folder leaves no empty one behind."""
         self._lock.release()
-        if self._done.is_dir() and not any(self._done.iterdir()):
-            shutil.rmtree(self._work, ignore_errors=True)
+        if self._opened:
+            with contextlib.suppress(OSError):  # a batch may be finished there at this very moment
+                self._done.rmdir()
+                shutil.rmtree(self._work)
         self._remove_made()
 
     def read_config(self) -> dict[str, Any] | None:
