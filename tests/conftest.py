@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import os
+import sys
 
 import pytest
 from hypothesis import settings
@@ -13,6 +14,21 @@ settings.register_profile("headkv-mm", deadline=None)
 settings.load_profile("headkv-mm")
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # before anything imports huggingface_hub
+
+
+# A background job ignores Ctrl-C, and a child inherits that. Put right in the child and not by `preexec_fn`, which
+# forks this process: one of its other threads may hold a lock then, and nothing ever frees the copy.
+HEARS_CTRL_C = """
+import runpy, signal
+signal.signal(signal.SIGINT, signal.default_int_handler)
+runpy.run_module("headkv_mm.cli", run_name="__main__", alter_sys=True)
+"""
+
+
+@pytest.fixture(scope="session")
+def interruptible_command() -> list[str]:
+    """Starts headkv-mm in a process that hears SIGINT; its arguments follow."""
+    return [sys.executable, "-c", HEARS_CTRL_C]
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

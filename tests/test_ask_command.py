@@ -6,7 +6,6 @@ import os
 import re
 import signal
 import subprocess
-import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -281,9 +280,9 @@ def test_an_interruption(
     assert os.listdir(tmp_path) == ["notes.txt"]
 
 
-def test_ctrl_c_in_a_real_process(small_model: str, tmp_path: Path) -> None:
+def test_ctrl_c_in_a_real_process(interruptible_command: list[str], small_model: str, tmp_path: Path) -> None:
     example = example_documents()[0]
-    command = [sys.executable, "-m", "headkv_mm.cli", "ask", str(example.document), "--model", small_model]
+    command = [*interruptible_command, "ask", str(example.document), "--model", small_model]
     process = subprocess.Popen(
         [*command, "--question", QUESTION, "--max-new-tokens", "1400", "--kv-compression", "none"]
         + ["--question", QUESTION] * 50
@@ -291,8 +290,6 @@ def test_ctrl_c_in_a_real_process(small_model: str, tmp_path: Path) -> None:
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
-        # A background job ignores Ctrl-C, and a child inherits that.
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL) and None,
     )
     try:
         deadline = time.monotonic() + 120
