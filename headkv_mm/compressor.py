@@ -177,7 +177,8 @@ class LayerCompressor:
     def tensors(self) -> list[Tensor]:
         """Every tensor that is held."""
         allocation = [] if self.allocation is None else list(tensor_fields(self.allocation).values())
-        return [*self.store.tensors, self.condition, self.seen, *self.observer.tensors, *allocation]
+        held = self.pieces.scorer.held(self.plan)
+        return [*self.store.tensors, self.condition, self.seen, *self.observer.tensors, *allocation, *held]
 
     @property
     def nbytes(self) -> int:

@@ -65,6 +65,10 @@ class OutputProjections:
             gram = self._grams[layer] = torch.stack([head.float() @ head.float().T for head in weight])
         return gram
 
+    def made(self, layer: int) -> Tensor | None:
+        """The Gram matrices of a layer if they were made."""
+        return self._grams[layer]
+
     def norms(self, store: RaggedKV, layer: int) -> Tensor:
         """Norms of the projected values of every slot, [N, R] float32, one for each query head of the group.
 

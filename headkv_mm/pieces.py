@@ -129,6 +129,14 @@ class Scorer:
         """How many of the last decoded queries must have left their attention on the slots; 0 if it looks at none."""
         return 0
 
+    def held(self, plan: Plan) -> list[Tensor]:
+        """Tensors that it holds on behalf of a layer; they count as the cache's."""
+        return []
+
+    def held_bytes(self, heads: int, head_dim: int) -> int:
+        """Bytes of these, for H query heads of size D."""
+        return 0
+
     def score_entries(self, observed: Observed) -> Tensor:
         """Scores [N] float32."""
         raise NotImplementedError

@@ -58,6 +58,15 @@ class OutputNorm(Scorer):
         """The window's; while decoding no more than there are between two evictions."""
         return min(self.window, plan.step) if decoding else self.window
 
+    def held(self, plan: Plan) -> list[Tensor]:
+        """The layer's Gram matrices, once they were needed."""
+        gram = None if self.projections is None else self.projections.made(plan.place.index)
+        return [] if gram is None else [gram]
+
+    def held_bytes(self, heads: int, head_dim: int) -> int:
+        """A [D, D] matrix per query head."""
+        return heads * head_dim * head_dim * 4
+
     def score_entries(self, observed: Observed) -> Tensor:
         """Scores [N] float32; they sum to 1 over the entries of a row."""
         if self.projections is None:

@@ -19,6 +19,8 @@ from headkv_mm.budgets import image_plan
 from headkv_mm.image_compressor import ImageCompressor
 from headkv_mm.registry import get_method
 
+from .tiny_llama import tiny_llama
+
 COMPRESSING = [name for name in methods("image") if get_method(name).compresses]
 HEAD_DIM = 16
 
@@ -55,7 +57,9 @@ class Driver:
         lengths = [scene["prompts"][row] for row in rows]
         visible = torch.arange(longest)[None] >= longest - torch.tensor(lengths)[:, None]
         keys, values = self.pad(lengths, longest), self.pad(lengths, longest)
-        self.compressor = ImageCompressor(method.image, self.plan, keys, values, visible, lengths)
+        heads = scene["kv_heads"] * scene["group"]
+        pieces = method.image.for_model(tiny_llama(1, heads, scene["kv_heads"], HEAD_DIM))
+        self.compressor = ImageCompressor(pieces, self.plan, keys, values, visible, lengths)
 
     def draw(self, *shape: int) -> Tensor:
         return torch.stack([torch.randn(shape, generator=generator) for generator in self.generators])

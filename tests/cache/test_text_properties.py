@@ -23,6 +23,8 @@ from headkv_mm.registry import get_method
 from headkv_mm.text_compressor import TextCompressor
 from headkv_mm.text_plan import text_plan
 
+from .tiny_llama import tiny_llama
+
 COMPRESSING = [name for name in methods("text") if get_method(name).compresses] + ["adakv over layers"]
 HEAD_DIM, LAYERS = 8, 3
 SCALE = HEAD_DIM**-0.5
@@ -62,7 +64,8 @@ class Driver:
         if "scores" in method.options:
             scores = torch.rand(LAYERS, self.kv_heads, generator=torch.Generator().manual_seed(scene["seed"]))
             method = method.with_options({"scores": scores.square().tolist()})
-        self.pieces = method.with_options(scene.get("options", {})).text
+        pieces = method.with_options(scene.get("options", {})).text
+        self.pieces = pieces.for_model(tiny_llama(LAYERS, self.heads, self.kv_heads, HEAD_DIM))
         self.generators = [torch.Generator().manual_seed(scene["seed"] + row) for row in rows]
         self.lengths = [scene["prompts"][row] for row in rows]
         longest = max(self.lengths)
