@@ -96,7 +96,7 @@ class CacheReport:
             types=[[["local" if label else "global" for label in row] for row in labels.tolist()] for labels in known]
             if typed
             else None,
-            local_share=float(torch.stack([labels.float().mean() for labels in known]).mean()) if typed else None,
+            local_share=float(torch.stack([labels.float().mean().cpu() for labels in known]).mean()) if typed else None,
         )
 
 
@@ -135,7 +135,7 @@ def storage_cost(
         per_row += heads * head_dim * 4
     return StorageCost(
         per_entry=layers * rows * kv_heads * per_slot,
-        fixed=layers * rows * (per_row + kv_heads * per_region),
+        fixed=layers * (rows * (per_row + kv_heads * per_region) + scorer.held_bytes(heads, head_dim)),
         condition=condition,
         queries=max(piece.queries_needed(_LONG_PLAN, decoding=True) for piece in (scorer, pieces.selector)),
         per_query=layers * rows * heads * head_dim * itemsize,
