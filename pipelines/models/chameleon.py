@@ -119,10 +119,10 @@ class ChameleonAdapter(GuidedAdapter):
 
     def chooser(self, draw: TokenDrawer, grid: ImageGrid) -> Callable[[int, Tensor], Tensor]:
         """Draws among the image tokens; newlines are written, not drawn."""
-        newline, ids = self._layout(grid).newline, self._vocabulary.ids
+        newline, ids = self._layout(grid).newline, self._vocabulary.ids.to(self.model.device)
 
         def choose(step: int, scores: Tensor) -> Tensor:
-            image_ids = ids.to(scores.device)
+            image_ids = ids.to(scores.device)  # another one only where a model lies on several
             if newline is not None and step % grid.row_stride == grid.width:
                 return image_ids.new_full((len(scores),), newline)
             return image_ids[draw(step, scores[:, image_ids])]

@@ -7,6 +7,7 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
+from headkv_mm.devices import input_device
 from headkv_mm.pipelines.models.guided import GuidedAdapter
 from headkv_mm.pipelines.models.pictures import pictures_of
 from headkv_mm.pipelines.models.processing import chat_text, tokenizer_of
@@ -24,7 +25,8 @@ class JanusAdapter(GuidedAdapter):
     """A language model with a generation head beside its own (arXiv:2410.13848, arXiv:2501.17811).
 
     The loop is ours, because transformers' own is broken in some of the versions we serve. It computes what that one
-    does, except that a padded prompt counts its positions from its first token and so gives the same image as alone.
+    does; only the positions of a padded prompt count from its first token, as alone. They are relative, so that this
+    changes rounding and nothing else.
     """
 
     architecture = "Janus"
@@ -98,7 +100,7 @@ class JanusAdapter(GuidedAdapter):
 
     def decode(self, tokens: Tensor, prompts: EncodedPrompts, seeds: Sequence[int]) -> list[Image]:
         """RGB pictures from the model's VQ decoder."""
-        return pictures_of(tokens.to(self.model.device), self.model.decode_image_tokens)
+        return pictures_of(tokens.to(input_device(self.model)), self.model.decode_image_tokens)
 
 
 def _boi_token(tokenizer: Any, generation_config: Any) -> int:

@@ -69,12 +69,15 @@ def test_ids_are_those_of_the_processor(parts: tuple[Any, Any], adapter: JanusAd
     assert torch.equal(ours.inputs["negative_mask"], theirs["attention_mask"])
 
 
+@pytest.mark.parametrize("prompts", [["a cat", "a dog"], PROMPTS])
 @pytest.mark.parametrize("guidance", [2.0, 5.0])
-def test_the_full_cache_gives_stock_tokens(parts: tuple[Any, Any], pipe: Any, guidance: float) -> None:
+def test_the_full_cache_gives_stock_tokens(
+    parts: tuple[Any, Any], pipe: Any, guidance: float, prompts: list[str]
+) -> None:
     if not stock_works(parts):
         pytest.skip("this transformers cannot generate images with Janus")
-    theirs = stock(parts, ["a cat", "a dog"], do_sample=False, guidance_scale=guidance)
-    ours = pipe(["a cat", "a dog"], batch_size=2, do_sample=False, guidance_scale=guidance)
+    theirs = stock(parts, prompts, do_sample=False, guidance_scale=guidance)
+    ours = pipe(prompts, batch_size=2, do_sample=False, guidance_scale=guidance)
     assert torch.equal(theirs, torch.cat([item.tokens for item in ours]))
     assert len(theirs.unique()) > 5
 
