@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from .devices import input_device, layer_devices
 from .fingerprint import fingerprint
 
 if TYPE_CHECKING:
@@ -108,9 +109,10 @@ def load_cache(path: str | os.PathLike[str], model: Any) -> HeadKVCache:
     if header["checksum"] != _checksum(tensors):
         raise ValueError(f"{os.fspath(path)} was edited or cut after it was saved; read the document again")
     cache = HeadKVCache(model, dict(header["compression"]), kind="text")
-    device = next(model.parameters()).device
+    devices, default = layer_devices(model), input_device(model)
     for index, (layer, numbers) in enumerate(zip(cache.compressed_layers, header["layers"], strict=True)):
         prefix = f"{index}."
+        device = devices.get(index, default)
         own = {
             name.removeprefix(prefix): value.to(device) for name, value in tensors.items() if name.startswith(prefix)
         }

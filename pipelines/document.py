@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, Literal, overload
 import torch
 
 from headkv_mm.cache import HeadKVCache
+from headkv_mm.devices import input_device
 from headkv_mm.pipelines.answering import AnswerStream, TokenClock
 from headkv_mm.pipelines.answers import Answer, DocumentReport
 from headkv_mm.pipelines.questions import answer_settings, check_length, check_question
@@ -149,7 +150,7 @@ class Document:
         model, tokenizer = self._pipeline.model, self._pipeline.tokenizer
         began = time.perf_counter()
         clock = TokenClock(tokenizer, on_text)
-        prompt = torch.tensor([ids], device=model.device)
+        prompt = torch.tensor([ids], device=input_device(model))
         with torch.no_grad():
             cache = self.cache.copy(evict=False)
             model.generate(

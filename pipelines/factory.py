@@ -162,13 +162,22 @@ def _assemble(task: str, model: Any, kv: KVArguments, arguments: dict[str, Any],
     import torch
     import transformers
 
+    from headkv_mm.devices import is_offloaded
+
     if not isinstance(model, transformers.PreTrainedModel):
         raise TypeError(f"model must be a folder, a name or a transformers model, got {type(model).__name__}")
+    if arguments.get("device_map") is not None:
+        raise ValueError(
+            "device_map says where to load a model, and this one is loaded already: load it with "
+            "from_pretrained(..., device_map=...), or give its folder"
+        )
     # An explicit None would ask for the full cache.
     said = {"kv_compression": kv.compression, "kv_budget": kv.budget, "kv_options": dict(kv.options) or None}
     arguments.update({name: value for name, value in said.items() if value is not None})
     pipe = transformers.pipeline(task, model, **arguments)
-    if widen and pipe.device.type == "cpu" and pipe.model.dtype in (torch.float16, torch.bfloat16):
+    half = pipe.model.dtype in (torch.float16, torch.bfloat16)
+    # Offloaded weights come from where they are in the precision that they have.
+    if widen and half and pipe.device.type == "cpu" and not is_offloaded(model):
         pipe.model.float()  # half precision is slower there than float32, and less exact
     return pipe
 

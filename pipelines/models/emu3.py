@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from headkv_mm.devices import input_device
 from headkv_mm.pipelines.models.base import EncodedPrompts, GeneratedTokens, ImageModelAdapter, Sampling
 from headkv_mm.pipelines.models.special_tokens import without_special_tokens
 
@@ -173,7 +174,7 @@ class Emu3Adapter(ImageModelAdapter):
 
     def decode(self, tokens: torch.Tensor, prompts: EncodedPrompts, seeds: Sequence[int]) -> list[Image]:
         """RGB pictures from the model's own VQ decoder."""
-        tokens = tokens.to(self.model.device)
+        tokens = tokens.to(input_device(self.model))
         # The stock decoding takes the tokens behind the image off, whatever they are.
         whole = torch.cat([tokens, self._newline.to(tokens.device).expand(len(tokens), _BEHIND_THE_IMAGE)], dim=1)
         pixels = self.model.model.decode_image_tokens(

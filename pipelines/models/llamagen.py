@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from headkv_mm.devices import input_device
 from headkv_mm.pipelines.models.base import EncodedPrompts, GeneratedTokens, ImageModelAdapter, Sampling
 from headkv_mm.pipelines.models.llamagen_prompts import ClassReader, FeatureReader, reader_for
 
@@ -123,7 +124,7 @@ class LlamaGenAdapter(ImageModelAdapter):
         """RGB pictures from the model's decoder."""
         from PIL import Image
 
-        pixels = self.model.decode_image_tokens(tokens.to(self.model.device))
+        pixels = self.model.decode_image_tokens(tokens.to(input_device(self.model)))
         return [Image.fromarray(picture.numpy()) for picture in pixels.cpu()]
 
     def _new_cache(self, compression: Compression, *, guided: bool, prompts: EncodedPrompts) -> Any:
