@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from transformers.pipelines.base import Pipeline
 
+from headkv_mm.fingerprint import fingerprint
 from headkv_mm.memory import plan_memory
 from headkv_mm.pipelines.caches import kept_image_tokens, run_report
 from headkv_mm.pipelines.image_jobs import ImageJob, MadeImage, asked_for, collect
@@ -148,12 +149,15 @@ class TextToImagePipeline(Pipeline):
         """What decides about the tokens of an image beside model, prompt and seed, as plain values."""
         parameters = self._forward_params
         compression, grid = parameters.get("kv", KVArguments()).resolve(), self._grid(parameters)
-        return {
+        values = {
             "kv_compression": compression.to_dict() if compression.resolve().compresses else None,
             "sampling": self._adapter.sampling_for(parameters.get("sampling", Sampling()), grid).to_dict(),
             "negative_prompt": parameters.get("negative_prompt"),
             "image_grid": [grid.height, grid.width],
         }
+        if self._adapter.text_encoder is not None:
+            values["text_encoder"] = fingerprint(self._adapter.text_encoder)
+        return values
 
     def _sanitize_parameters(self, **parameters: Any) -> tuple[dict[str, Any], dict[str, Any], dict[str, Any]]:
         unknown = sorted(set(parameters) - {*_KV, *_SAMPLING, *_OTHER, *_IGNORED})
@@ -177,9 +181,7 @@ class TextToImagePipeline(Pipeline):
             raise ValueError(f"num_images must be a positive integer, got {count!r}")
         return {}, given, {}
 
-    def preprocess(
-        self, prompts: list[Any], negative_prompt: str | None = None, grid: ImageGrid | None = None
-    ) -> dict[str, Any]:
+    def preprocess(self, prompts: list[Any], negative_prompt: str | None = None, grid: Any = None) -> dict[str, Any]:
         """Encode checked prompts, one row per image."""
         return {"prompts": self._adapter.encode(prompts, negative_prompt, grid)}
 

@@ -127,12 +127,14 @@ class ImageModelAdapter(ABC):
         needs_processor: the pipeline must load the model's processor (tokenizer and image processor in one).
         takes_image_decoder: pictures come from something beside the model (`image_decoder=` of the pipeline).
         unused_tensors: beginnings of names of tensors that published checkpoints hold and transformers' class does not.
+        text_encoder: the model that reads the prompts, where there is one beside the image model.
     """
 
     architecture: ClassVar[str]
     needs_processor: ClassVar[bool] = False
     takes_image_decoder: ClassVar[bool] = False
     unused_tensors: ClassVar[tuple[str, ...]] = ()
+    text_encoder: Any = None
 
     def __init__(
         self, model: PreTrainedModel, tokenizer: Any = None, processor: Any = None, image_decoder: Any = None

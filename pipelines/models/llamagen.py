@@ -78,7 +78,7 @@ class LlamaGenAdapter(ImageModelAdapter):
         """Read texts with a T5 encoder, if the model reads its features."""
         if not isinstance(self._reader, FeatureReader):
             raise ValueError("this LlamaGen model reads prompts without a text encoder: leave text_encoder out")
-        self._reader.bind_text_encoder(encoder)
+        self.text_encoder = self._reader.bind_text_encoder(encoder)
 
     def effective_sampling(self, sampling: Sampling) -> Sampling:
         """`sampling`, then the model's generation config, then no guidance and plain sampling."""

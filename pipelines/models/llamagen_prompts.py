@@ -142,8 +142,11 @@ class FeatureReader(PromptReader):
         self._model = model
         self._encoder: Any = None
 
-    def bind_text_encoder(self, encoder: Any) -> None:
+    def bind_text_encoder(self, encoder: Any) -> Any:
         """Read texts with a T5 encoder: a folder with encoder and tokenizer, or a model (and `tokenizer=`).
+
+        Returns:
+            The loaded encoder.
 
         Raises:
             ValueError: if it cannot be read, or its features have another width.
@@ -157,6 +160,7 @@ class FeatureReader(PromptReader):
                 f"{bound.feature_size}: use the one it was trained with"
             )
         self._encoder = bound.to(self._model.device)
+        return bound.model
 
     def check(self, prompt: str) -> str:
         """The prompt, if there is an encoder and it is short enough."""

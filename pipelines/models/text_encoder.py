@@ -30,7 +30,7 @@ class TextEncoder:
     """
 
     def __init__(self, model: Any, tokenizer: PreTrainedTokenizerBase, limit: int) -> None:
-        self._model = model.eval()
+        self.model = model.eval()
         self._tokenizer = tokenizer
         self._limit = limit
 
@@ -54,13 +54,13 @@ class TextEncoder:
     @property
     def feature_size(self) -> int:
         """Width of the features."""
-        return int(self._model.config.d_model)
+        return int(self.model.config.d_model)
 
     def to(self, device: torch.device) -> TextEncoder:
         """Move the encoder; half precision becomes float32 on the CPU."""
-        self._model.to(device)
+        self.model.to(device)
         if device.type == "cpu":
-            self._model.float()
+            self.model.float()
         return self
 
     def check(self, text: str) -> str:
@@ -82,8 +82,8 @@ class TextEncoder:
         """
         batch = self._tokenizer(
             list(texts), padding="max_length", max_length=self._limit, padding_side="right", return_tensors="pt"
-        ).to(self._model.device)
-        hidden = self._model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).last_hidden_state
+        ).to(self.model.device)
+        hidden = self.model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).last_hidden_state
         return [row[keep.bool()] for row, keep in zip(hidden, batch["attention_mask"])]
 
 

@@ -127,6 +127,7 @@ def test_features_take_the_place_of_texts(pipes: dict[str, Any]) -> None:
     assert torch.equal(pipe(features=rows[0], seed=2).tokens, wanted[0].tokens)
     assert torch.equal(pipe(features=padded[0], feature_mask=mask[0], seed=2).tokens, wanted[0].tokens)
     bare = headkv_mm.pipeline("text-to-image", model=pipe.model)
+    assert pipe.settings().keys() - bare.settings().keys() == {"text_encoder"}
     assert torch.equal(bare(features=rows[0], seed=2).tokens, wanted[0].tokens)
     with pytest.raises(ValueError, match="pass text_encoder="):
         bare("cat")
