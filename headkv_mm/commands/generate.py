@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from headkv_mm.commands.compile_kernels import compile_cpu_kernels
 from headkv_mm.commands.devices import usable_device
-from headkv_mm.commands.option_values import budget, class_labels, grid, option, whole_number
+from headkv_mm.commands.option_values import budget, class_labels, image_rows, option, whole_number
 from headkv_mm.commands.output_folder import OutputFolder
 from headkv_mm.commands.pictures import enlarged
 
@@ -44,6 +44,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--model", metavar="FOLDER", help="model folder (default: the embedded model)")
     parser.add_argument(
         "--text-encoder", metavar="FOLDER", help="T5 encoder with tokenizer, for models that read its features"
+    )
+    parser.add_argument(
+        "--image-decoder", metavar="FOLDER", help="diffusers VQModel, for models without a decoder of their own"
     )
     place = parser.add_mutually_exclusive_group()
     place.add_argument("--device", help='"cpu", "cuda", ... (default: an accelerator if there is one)')
@@ -89,7 +92,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     drawing.add_argument("--temperature", type=float, metavar="T", help="divides the scores before drawing")
     drawing.add_argument("--top-k", type=whole_number(0), metavar="K", help="draw from the K best tokens, 0 for all")
     drawing.add_argument("--top-p", type=float, metavar="P", help="draw from the smallest set with this probability")
-    drawing.add_argument("--grid", type=grid, metavar="HxW", help="image tokens, for models that draw several sizes")
+    drawing.add_argument(
+        "--grid",
+        type=image_rows,
+        metavar="HxW[xROW]",
+        help="image tokens, for models that draw several sizes; ROW counts the newline too (Lumina-mGPT: W + 1)",
+    )
     output = parser.add_argument_group("output")
     output.add_argument("--output", default="output", metavar="DIR", help="where the files go (default: output)")
     output.add_argument(
@@ -165,8 +173,9 @@ def _pipeline(args: argparse.Namespace, *, device: str | None) -> TextToImagePip
         "image_grid": None if args.grid is None else ImageGrid(*args.grid),
         "progress": args.prompts_file is None and not args.no_progress and sys.stderr.isatty(),
     }
-    if args.text_encoder is not None:
-        settings["text_encoder"] = args.text_encoder
+    for beside in ("text_encoder", "image_decoder"):
+        if getattr(args, beside) is not None:
+            settings[beside] = getattr(args, beside)
     if args.device_map is not None:
         settings["device_map"] = args.device_map
     elif device is not None:

@@ -121,7 +121,8 @@ def _settings(pipe: TextToImagePipeline, args: argparse.Namespace) -> Callable[[
             "model": print_of_model,
             "dtype": str(pipe.model.dtype).removeprefix("torch."),
             **own,
-            "text_encoder": args.text_encoder and os.path.basename(os.path.normpath(args.text_encoder)),
+            "text_encoder": _name(args.text_encoder),
+            "image_decoder": _name(args.image_decoder),
             "num_images": args.num_images,
             "batch_size": batch_size,
             "scale": args.scale or 1,
@@ -129,6 +130,11 @@ def _settings(pipe: TextToImagePipeline, args: argparse.Namespace) -> Callable[[
         return BatchSettings(values, made_with)
 
     return settings
+
+
+def _name(folder: str | None) -> str | None:
+    """Its last part, so that a moved folder is the same one."""
+    return folder and os.path.basename(os.path.normpath(folder))
 
 
 def _check(pipe: TextToImagePipeline) -> Callable[[Job], None]:

@@ -47,6 +47,17 @@ def grid(text: str) -> tuple[int, int]:
     return int(height), int(width)
 
 
+def image_rows(text: str) -> tuple[int, ...]:
+    """A grid of image tokens with the tokens of a row, newline included, where they are more: HEIGHTxWIDTH[xROW]."""
+    sides = text.lower().split("x")
+    if len(sides) not in (2, 3) or not all(side.isdecimal() and int(side) for side in sides):
+        raise argparse.ArgumentTypeError(
+            f"{text!r} is not understood: write HEIGHTxWIDTH in tokens, such as 16x16, or HEIGHTxWIDTHxROW where "
+            "newlines make a row longer, such as 48x48x49"
+        )
+    return tuple(map(int, sides))
+
+
 def class_labels(text: str) -> list[int]:
     """Class labels: whole numbers with commas between them."""
     parts = [part.strip() for part in text.split(",")]

@@ -88,7 +88,8 @@ class ChameleonAdapter(GuidedAdapter):
             own = self.grid
             raise ValueError(
                 f"Anole draws {own.height}x{own.width} tokens; Lumina-mGPT writes newlines, so ask for "
-                f"ImageGrid({grid.height}, {grid.width}, row_stride={grid.width + 1}) there"
+                f"ImageGrid({grid.height}, {grid.width}, row_stride={grid.width + 1}) there, on the command line "
+                f"--grid {grid.height}x{grid.width}x{grid.width + 1}"
             )
         return grid
 

@@ -354,3 +354,20 @@ def test_threads_do_not_meet(pipe: Any) -> None:
     for thread in threads:
         thread.join()
     assert all(torch.equal(found[index], tokens) for index, tokens in enumerate(alone))
+
+
+def test_from_the_command_line(parts: tuple[Any, Any], vq_model: Any, tmp_path: Path, capsys: Any) -> None:
+    from headkv_mm.cli import main
+
+    parts[0].save_pretrained(tmp_path / "model")
+    parts[1].save_pretrained(tmp_path / "model")
+    vq_model.save_pretrained(tmp_path / "decoder")
+    words = ["generate", "a cat", "--model", str(tmp_path / "model"), "--output", str(tmp_path / "out"), "--grid"]
+    decoder = ["--image-decoder", str(tmp_path / "decoder"), "--scale", "1", "--no-progress"]
+    assert main([*words, "8x4x5", "--kv-budget", "1/4", *decoder]) == 0
+    pictures = sorted((tmp_path / "out").glob("*.png"))
+    assert [Image.open(picture).size for picture in pictures] == [(8, 16)]
+    assert main([*words, "8x4", *decoder]) == 2
+    assert "--grid 8x4x5" in capsys.readouterr().err
+    assert main([*words, "8x4x5"]) == 2
+    assert "no decoder: pass image_decoder=" in capsys.readouterr().err
