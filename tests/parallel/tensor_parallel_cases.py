@@ -33,10 +33,11 @@ TEXT: dict[str, tuple[str, dict[str, Any]]] = {
     "adakv, model": ("adakv", {"budget": 0.4, "scope": "model"}),
     "headkv-r2, scores": ("headkv-r2", {"budget": 0.4, "scores": SCORES}),
     "headkv-r2, table": ("headkv-r2", {"budget": 20, "table": "heads.json"}),
-    "bytes": ("snapkv", {"budget": "80KiB"}),
+    "fastkv, few tokens": ("fastkv", {"budget": 0.4, "tsp_least": 0}),
+    "bytes": ("snapkv", {"budget": "60KiB"}),
 }
 IMAGE: dict[str, tuple[str, dict[str, Any]]] = {
-    name: (name, {"budget": 0.5}) for name in ("headkv", "adakv", "tova", "lines", "random")
+    name: (name, {"budget": 0.6}) for name in ("headkv", "adakv", "tova")
 }
 
 
@@ -52,8 +53,8 @@ def save_models(folder: Path) -> None:
     save_head_table(table, folder / "heads.json")
     config = LlamaGenConfig(
         text_config={**BACKBONE, "model_type": "llama", "vocab_size": 40, "bos_token_id": None, "eos_token_id": None},
-        image_height=8,
-        image_width=8,
+        image_height=6,
+        image_width=6,
         codebook_size=30,
         max_prompt_length=6,
         patch_size=2,
@@ -83,8 +84,8 @@ def generate_all(folder: Path, text: PreTrainedModel, image: PreTrainedModel) ->
     found: dict[str, Any] = {}
     for name, (method, options) in TEXT.items():
         options = {key: str(folder / value) if key == "table" else value for key, value in options.items()}
-        with headkv_mm.compress(text, method, **options) as session:
-            tokens = text.generate(ids * mask, attention_mask=mask, max_new_tokens=40, do_sample=False)
+        with headkv_mm.compress(text, method, interval=8, **options) as session:
+            tokens = text.generate(ids * mask, attention_mask=mask, max_new_tokens=18, do_sample=False)
         found[f"text: {name}"] = _seen(tokens[:, 50:], session.caches[0])
     prompt = torch.tensor([[30, 30, 31, 35, 36, 32], [31, 37, 38, 39, 35, 32]])
     for name, (method, options) in IMAGE.items():
