@@ -24,10 +24,11 @@ from .table_files import (
     write_table,
 )
 
-KINDS = ("r2",)
-"""How the scores were measured; "r2": retrieval and reasoning (arXiv 2410.19258), see `headkv_mm.calibration`."""
-SHIPPED_NAME = "heads.json"
-"""The embedded model's table lies beside its weights under this name."""
+SHIPPED = {"r2": "heads.json", "srh": "retrieval_heads.json"}
+"""The embedded model's tables lie beside its weights under these names."""
+KINDS = tuple(SHIPPED)
+"""How the scores were measured, see `headkv_mm.calibration`. "r2": retrieval and reasoning (arXiv 2410.19258); "srh":
+semantic retrieval (arXiv 2508.02401)."""
 
 FORMAT = TableFormat("head table", 1, "make one with `headkv-mm heads MODEL --output FILE.json`")
 
@@ -140,12 +141,13 @@ def check_head_table(table: HeadTable, model_or_config: Any) -> None:
     check_fingerprint(table.fingerprint, model_or_config, FORMAT)
 
 
-def head_table_for(model_or_config: Any, table: str | os.PathLike[str] | None = None) -> HeadTable:
+def head_table_for(model_or_config: Any, table: str | os.PathLike[str] | None = None, kind: str = "r2") -> HeadTable:
     """The head table to use with a model.
 
     Args:
         model_or_config: a transformers model; a configuration will do if `table` is given.
         table: file of a table; None for the one that ships with the embedded language model.
+        kind: how its scores must have been measured.
 
     Raises:
         ValueError: if the table is of another model or unreadable, or if none is given and none ships for this model.
@@ -153,9 +155,14 @@ def head_table_for(model_or_config: Any, table: str | os.PathLike[str] | None = 
     """
     if table is not None:
         found = load_head_table(table)
+        if found.kind != kind:
+            raise ValueError(
+                f"{os.fspath(table)} is a head table of kind {found.kind!r}, and this method needs {kind!r}: "
+                f"{_make_one(kind)}"
+            )
         check_head_table(found, model_or_config)
         return found
-    shipped = _shipped()
+    shipped = _shipped(kind)
     if shipped is not None and is_model(model_or_config):
         try:
             check_head_table(shipped, model_or_config)
@@ -163,15 +170,20 @@ def head_table_for(model_or_config: Any, table: str | os.PathLike[str] | None = 
             pass  # another model: there is no table for it yet
         else:
             return shipped
-    raise ValueError(f"there is no head table for this model; {FORMAT.make_one} and pass table='FILE.json'")
+    raise ValueError(f"there is no head table for this model; {_make_one(kind)} and pass table='FILE.json'")
 
 
-def _shipped() -> HeadTable | None:
+def _make_one(kind: str) -> str:
+    option = "" if kind == "r2" else f" --kind {kind}"
+    return f"make one with `headkv-mm heads MODEL{option} --output FILE.json`"
+
+
+def _shipped(kind: str) -> HeadTable | None:
     """The embedded language model's table, None if it was not installed."""
     from .demo import text_model_path
 
     try:
-        return load_head_table(text_model_path() / SHIPPED_NAME)
+        return load_head_table(text_model_path() / SHIPPED[kind])
     except FileNotFoundError:
         return None
 

@@ -24,7 +24,7 @@ from transformers import (
 )
 
 from headkv_mm.calibration import Calibration, NeedlePrompt, calibrate, needle_prompt, procedure
-from headkv_mm.calibration.watching import WatchedCache, retrieval_mass, watched
+from headkv_mm.calibration.watching import WatchedCache, attention_rows, retrieved, span_mass, watched
 from headkv_mm.demo.text_tokenizer import build_text_tokenizer
 from headkv_mm.fingerprint import fingerprint
 from headkv_mm.head_tables import head_table_for, save_head_table
@@ -95,6 +95,10 @@ def naive_mass(query: Tensor, keys: Tensor, span: tuple[int, int], scale: float)
     return found
 
 
+def retrieval_mass(query: Tensor, keys: Tensor, span: tuple[int, int], **options: Any) -> Tensor:
+    return retrieved(attention_rows(query, keys, **options), span)
+
+
 @given(groups=st.integers(1, 3), share=st.integers(1, 3), tokens=st.integers(3, 30), seed=st.integers(0, 99))
 def test_retrieval_mass_is_its_definition(groups: int, share: int, tokens: int, seed: int) -> None:
     generator = torch.Generator().manual_seed(seed)
@@ -111,6 +115,11 @@ def test_retrieval_mass_of_heads_that_look_there_and_elsewhere() -> None:
     query = 100 * torch.stack([torch.eye(8)[2] + torch.eye(8)[3], torch.eye(8)[6]])
     found = retrieval_mass(query, keys, (2, 4), scale=1.0)
     torch.testing.assert_close(found, torch.tensor([0.5, 0.0]))
+
+
+def test_the_mass_of_a_span_is_all_of_its_attention() -> None:
+    rows = torch.tensor([[0.5, 0.25, 0.125, 0.125], [0.0, 0.0, 1.0, 0.0]])
+    assert span_mass(rows, (1, 3)).tolist() == [0.375, 1.0]
 
 
 def test_retrieval_mass_sees_what_the_attention_sees() -> None:

@@ -17,7 +17,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from headkv_mm import HeadKVCache, demo
 from headkv_mm.fingerprint import fingerprint
 from headkv_mm.head_tables import (
-    SHIPPED_NAME,
+    SHIPPED,
     HeadTable,
     check_head_table,
     head_table_for,
@@ -196,7 +196,7 @@ def test_the_shipped_table_is_for_the_embedded_model_only(tmp_path: Path, monkey
     monkeypatch.setattr(demo, "text_model_path", lambda: tmp_path)
     with pytest.raises(ValueError, match="no head table for this model; make one"):
         head_table_for(model)
-    save_head_table(table_of(model), tmp_path / SHIPPED_NAME)
+    save_head_table(table_of(model), tmp_path / SHIPPED["r2"])
     assert head_table_for(model) == table_of(model)
     for stranger in (other, tiny_model(num_hidden_layers=3), model.config):
         with pytest.raises(ValueError, match=r"no head table for this model; make one .* pass table='FILE.json'"):

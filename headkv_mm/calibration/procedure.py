@@ -1,5 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The calibration of `headkv-r2` (arXiv 2410.19258): which heads find the right answer while the model writes it."""
+"""Which heads find the right answer while the model writes it.
+
+Two ways to count, for two methods: "r2" of `headkv-r2` (arXiv 2410.19258) and "srh" of `compresskv` (arXiv 2508.02401).
+"""
 
 from __future__ import annotations
 
@@ -14,14 +17,14 @@ from torch import Tensor
 
 from headkv_mm.calibration.partial import Progress, load_progress, save_progress
 from headkv_mm.calibration.prompts import NeedlePrompt, needle_prompt
-from headkv_mm.calibration.watching import WatchedCache, watched
+from headkv_mm.calibration.watching import Measure, WatchedCache, retrieved, span_mass, watched
 from headkv_mm.evaluation.origin import versions
 from headkv_mm.evaluation.text.answering import Reader, stop_tokens
 from headkv_mm.evaluation.text.tokens import Tokens
 from headkv_mm.fingerprint import fingerprint
-from headkv_mm.head_tables import HeadTable
+from headkv_mm.head_tables import KINDS, HeadTable
 
-KIND = "r2"
+MEASURES: dict[str, Measure] = {"r2": retrieved, "srh": span_mass}
 DEPTHS = 10
 """The right answer lies at this many depths in turn, from the first sentence to the last."""
 DEFAULT_LENGTH = 1024
@@ -36,17 +39,22 @@ class Calibration:
         length: tokens of a prompt, about.
         seed: chooses the prompts.
         max_new_tokens: longest answer.
+        kind: "r2": at every step, what is found among the entries attended to most; "srh": all the attention that the
+            sentence gets, at the steps that write a token of it.
 
     Raises:
-        ValueError: for a number out of range.
+        ValueError: for a number out of range, or an unknown kind.
     """
 
     examples: int = 100
     length: int = DEFAULT_LENGTH
     seed: int = 0
     max_new_tokens: int = 50
+    kind: str = "r2"
 
     def __post_init__(self) -> None:
+        if self.kind not in MEASURES:
+            raise ValueError(f"kind must be one of {', '.join(KINDS)}, got {self.kind!r}")
         for name, least in (("examples", 1), ("length", 1), ("seed", 0), ("max_new_tokens", 1)):
             if getattr(self, name) < least:
                 raise ValueError(f"{name} must be at least {least}, got {getattr(self, name)}")
@@ -64,8 +72,8 @@ def calibrate(
     """Measure the heads of a model.
 
     For every prompt the model decodes greedily with the full cache. At each step and for every query head, the
-    attention row of the newest token is looked at: `retrieval_mass` of the sentence with the right answer. A prompt's
-    score is the sum over its steps, the table's the mean over the prompts that were answered right.
+    attention row of the newest token is looked at: how it looks at the sentence with the right answer (`MEASURES`). A
+    prompt's score is the sum over its steps, the table's the mean over the prompts that were answered right.
 
     Args:
         model: a causal language model of transformers, on its device; it is the same afterwards.
@@ -126,11 +134,14 @@ class _Watcher:
     def _answer(self, prompt: NeedlePrompt, cache: WatchedCache) -> str:
         """Decode greedily; every row from the prompt's last token on is watched."""
         mask, _ = self._reader.read(cache, self._tokens(prompt.ids[:-1]))
-        cache.watch(prompt.span)
+        cache.watch(prompt.span, MEASURES[self._calibration.kind])
+        in_span = set(prompt.ids[slice(*prompt.span)])
         token, answer, text = prompt.ids[-1], list[int](), ""
         while len(answer) < self._calibration.max_new_tokens:
             mask, scores = self._reader.read(cache, self._tokens((token,)), mask)
             token = int(scores.argmax())
+            if self._calibration.kind == "r2" or token in in_span:
+                cache.count()
             if token in self._stop:
                 break
             answer.append(token)
@@ -166,9 +177,9 @@ def _table(progress: Progress, calibration: Calibration, settings: dict[str, Any
             "prompts (--length), longer answers (--max-new-tokens), or a model that answers questions about a text"
         )
     scores = tuple(tuple(total / progress.answered for total in row) for row in progress.sums)
-    stated = {name: value for name, value in settings.items() if name not in ("fingerprint", "examples")}
+    stated = {name: value for name, value in settings.items() if name not in ("fingerprint", "examples", "kind")}
     return HeadTable(
-        kind=KIND,
+        kind=calibration.kind,
         fingerprint=settings["fingerprint"],
         scores=scores,
         kv_heads=progress.kv_heads,

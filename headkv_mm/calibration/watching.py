@@ -14,6 +14,9 @@ from transformers.cache_utils import Cache, DynamicCache, DynamicLayer
 from headkv_mm.attention import implementation_over
 from headkv_mm.layer import LAYER_ATTRIBUTE, AttentionOutput
 
+Measure = Callable[[Tensor, tuple[int, int]], Tensor]
+"""From attention rows [H, T] and a span to numbers [H]."""
+
 
 class WatchedLayer(DynamicLayer):  # type: ignore[misc,unused-ignore]
     """A stock layer of one row that adds up how its heads look at one stretch of the prompt."""
@@ -22,8 +25,11 @@ class WatchedLayer(DynamicLayer):  # type: ignore[misc,unused-ignore]
         super().__init__()
         self.span: tuple[int, int] | None = None
         """First and last + 1 column that counts; None while nobody looks."""
+        self.measure: Measure = retrieved
+        self.latest: Tensor | None = None
+        """[H] float32, what the newest step found."""
         self.found: Tensor | None = None
-        """[H] float32, the sum of `retrieval_mass` over the steps that were watched."""
+        """[H] float32, the sum of what was found over the steps that count."""
         self.kv_heads = 0
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
@@ -46,33 +52,42 @@ class WatchedLayer(DynamicLayer):  # type: ignore[misc,unused-ignore]
     ) -> AttentionOutput:
         """The stock attention; look on if this is a decoding step of interest."""
         if self.span is not None and query.shape[2] == 1:
-            mass = retrieval_mass(
-                query[0, :, 0], self.keys[0], self.span, scale=scale, mask=mask, softcap=softcap, sinks=sinks
-            )
-            self.found = mass if self.found is None else self.found + mass
+            rows = attention_rows(query[0, :, 0], self.keys[0], scale=scale, mask=mask, softcap=softcap, sinks=sinks)
+            self.latest = self.measure(rows, self.span)
             self.kv_heads = self.keys.shape[1]
         return stock()
 
+    def count(self) -> None:
+        """Add what the newest step found."""
+        if self.latest is not None:
+            self.found = self.counted + self.latest
 
-def retrieval_mass(
+    @property
+    def counted(self) -> Tensor:
+        """What was found in the steps that count, [H].
+
+        Raises:
+            RuntimeError: if nobody looked yet.
+        """
+        if self.latest is None:
+            raise RuntimeError("nothing was watched yet")
+        return torch.zeros_like(self.latest) if self.found is None else self.found
+
+
+def attention_rows(
     query: Tensor,
     keys: Tensor,
-    span: tuple[int, int],
     *,
     scale: float,
     mask: Tensor | None = None,
     softcap: float = 0.0,
     sinks: Tensor | None = None,
 ) -> Tensor:
-    """How much of a span a query finds: sum_i [entry i in the span] * a_i / n over the n entries it attends to most.
-
-    n is the length of the span (arXiv 2410.19258, section 3.1). A head that gives all its attention to the span gets
-    1/n, one that looks elsewhere 0.
+    """The attention of one token.
 
     Args:
         query: [H, D], of one token.
         keys: [G, T, D].
-        span: first column and the one after the last.
         scale: multiplies q.k.
         mask: [1, 1 or H, 1, T] bool or additive float, as the attention got it, or None; [1, T] of flash attention,
             which marks padding only, is ignored.
@@ -80,9 +95,8 @@ def retrieval_mass(
         sinks: [H], learned logits in the denominator, or None.
 
     Returns:
-        [H] float32.
+        [H, T] float32.
     """
-    first, end = span
     groups = keys.shape[0]
     grouped = query.float().unflatten(0, (groups, -1))  # [G, H / G, D]
     logits = (grouped @ keys.float().transpose(1, 2)).flatten(0, 1) * scale  # [H, T]
@@ -93,10 +107,31 @@ def retrieval_mass(
         logits = logits + row if row.is_floating_point() else logits.masked_fill(~row, float("-inf"))
     if sinks is not None:
         logits = torch.cat([logits, sinks.float()[:, None]], dim=-1)
-    attention = logits.softmax(-1)[:, : keys.shape[1]]
-    best, columns = attention.topk(min(end - first, keys.shape[1]), dim=-1)
+    return logits.softmax(-1)[:, : keys.shape[1]]
+
+
+def retrieved(attention: Tensor, span: tuple[int, int]) -> Tensor:
+    """How much of a span a query finds: sum_i [entry i in the span] * a_i / n over the n entries it attends to most.
+
+    n is the length of the span (arXiv 2410.19258, section 3.1). A head that gives all its attention to the span gets
+    1/n, one that looks elsewhere 0.
+
+    Args:
+        attention: [H, T], rows that sum to 1.
+        span: first column and the one after the last.
+
+    Returns:
+        [H] float32.
+    """
+    first, end = span
+    best, columns = attention.topk(min(end - first, attention.shape[-1]), dim=-1)
     inside = (columns >= first) & (columns < end)
     return torch.where(inside, best, 0.0).sum(-1) / (end - first)
+
+
+def span_mass(attention: Tensor, span: tuple[int, int]) -> Tensor:
+    """All the attention that a span gets (arXiv 2508.02401), [H] float32 of [H, T]."""
+    return attention[:, span[0] : span[1]].sum(-1)
 
 
 class WatchedCache(Cache):  # type: ignore[misc,unused-ignore]
@@ -115,10 +150,15 @@ class WatchedCache(Cache):  # type: ignore[misc,unused-ignore]
         """The full-attention layers."""
         return [layer for layer in self.layers if isinstance(layer, WatchedLayer)]
 
-    def watch(self, span: tuple[int, int]) -> None:
-        """From now on count what decoding steps find in the columns of `span`."""
+    def watch(self, span: tuple[int, int], measure: Measure = retrieved) -> None:
+        """From now on look at what decoding steps find in the columns of `span`."""
         for layer in self.watched_layers:
-            layer.span = span
+            layer.span, layer.measure = span, measure
+
+    def count(self) -> None:
+        """Count what the newest step has found."""
+        for layer in self.watched_layers:
+            layer.count()
 
     def found(self) -> tuple[Tensor, int]:
         """What was counted, [L, H] float64 on the CPU, and the number of KV heads.
@@ -126,17 +166,18 @@ class WatchedCache(Cache):  # type: ignore[misc,unused-ignore]
         Raises:
             ValueError: if the model's attention did not come by, or its layers differ in their heads.
         """
-        found = [layer.found for layer in self.watched_layers]
-        if not found or any(mass is None for mass in found):
+        layers = self.watched_layers
+        if not layers or any(layer.latest is None for layer in layers):
             raise ValueError(
                 "this model's attention cannot be watched: it has no full-attention layer, or does not go through "
                 "transformers' attention interface"
             )
-        shapes = {(len(mass), layer.kv_heads) for mass, layer in zip(found, self.watched_layers) if mass is not None}
+        # Layers may lie on different devices.
+        found = [layer.counted.double().cpu() for layer in layers]
+        shapes = {(len(mass), layer.kv_heads) for mass, layer in zip(found, layers)}
         if len(shapes) > 1:
             raise ValueError("the layers of this model differ in their number of heads; no head table describes that")
-        # Layers may lie on different devices.
-        return torch.stack([mass.cpu() for mass in found if mass is not None]).double(), shapes.pop()[1]
+        return torch.stack(found), shapes.pop()[1]
 
 
 @contextmanager

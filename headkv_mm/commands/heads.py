@@ -17,14 +17,14 @@ if TYPE_CHECKING:
     from headkv_mm.calibration import Calibration
     from headkv_mm.head_tables import HeadTable
 
-HELP = "measure which heads of a model find answers, for headkv-r2; or draw the head types of a text"
+HELP = "measure which heads of a model find answers, for headkv-r2 and compresskv; or draw the head types of a text"
 EXAMPLE = (
     "headkv-mm heads path/to/model --output heads.json\n"
     "  headkv-mm heads --online --document report.pdf --output types.json"
 )
 SUFFIX = ".json"
 INTERRUPTED = 130
-_CALIBRATION_OPTIONS = ("examples", "length", "seed", "max_new_tokens")
+_CALIBRATION_OPTIONS = ("examples", "length", "seed", "max_new_tokens", "kind")
 _MOST_POSITIONS = 1024  # of a prompt, unless asked for
 _NAMED_HEADS = 8
 
@@ -39,6 +39,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--output", required=True, metavar="FILE.json", help="what to write; a picture, FILE.png, comes beside it"
     )
     measuring = parser.add_argument_group("measuring")
+    measuring.add_argument(
+        "--kind",
+        choices=("r2", "srh"),
+        help="what counts: r2 for headkv-r2 (default), srh for compresskv",
+    )
     measuring.add_argument(
         "--examples",
         type=whole_number(1),
