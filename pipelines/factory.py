@@ -171,6 +171,7 @@ def _assemble(task: str, model: Any, kv: KVArguments, arguments: dict[str, Any],
             "device_map says where to load a model, and this one is loaded already: load it with "
             "from_pretrained(..., device_map=...), or give its folder"
         )
+    _place(model, arguments.get("device"))
     # An explicit None would ask for the full cache.
     said = {"kv_compression": kv.compression, "kv_budget": kv.budget, "kv_options": dict(kv.options) or None}
     arguments.update({name: value for name, value in said.items() if value is not None})
@@ -180,6 +181,22 @@ def _assemble(task: str, model: Any, kv: KVArguments, arguments: dict[str, Any],
     if widen and half and pipe.device.type == "cpu" and not is_offloaded(model):
         pipe.model.float()  # half precision is slower there than float32, and less exact
     return pipe
+
+
+def _place(model: Any, device: Any) -> None:
+    """Move a model where it was asked for: among several processes transformers leaves it where it was loaded.
+
+    A model that a device map or tensor parallelism has placed stays as it is.
+    """
+    import torch
+
+    known = torch.distributed.is_available() and torch.distributed.is_initialized()
+    placed = getattr(model, "hf_device_map", None) is not None or (getattr(model, "_tp_size", None) or 1) > 1
+    if device is None or not known or placed:
+        return
+    if isinstance(device, int) and device < 0:
+        device = "cpu"
+    model.to(torch.device(device))
 
 
 def _add_processing(folder: str, needs_processor: bool, arguments: dict[str, Any], hub: dict[str, Any]) -> None:

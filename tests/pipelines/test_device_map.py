@@ -117,3 +117,14 @@ def test_where_a_model_computes(tiny_model: LlamaGenForConditionalGeneration, ti
 def test_a_loaded_model_is_not_mapped_again(tiny_llama: LlamaForCausalLM, tiny_tokenizer: Any) -> None:
     with pytest.raises(ValueError, match="loaded already"):
         headkv_mm.pipeline("text-generation", tiny_llama, tokenizer=tiny_tokenizer, device_map="auto")
+
+
+def test_a_device_is_heeded_among_several_processes(tiny_llama_folder: Path, tmp_path: Path) -> None:
+    distributed = torch.distributed
+    distributed.init_process_group("gloo", init_method=f"file://{tmp_path / 'store'}", rank=0, world_size=1)
+    try:
+        pipe = headkv_mm.pipeline("text-generation", tiny_llama_folder, device="meta")
+        assert pipe.device.type == pipe.model.device.type == "meta"
+        assert headkv_mm.pipeline("text-generation", tiny_llama_folder, device=-1).device == CPU
+    finally:
+        distributed.destroy_process_group()
