@@ -64,8 +64,9 @@ def measure(bench: Bench, batch: int, args: argparse.Namespace) -> dict[str, Any
             for method, budget, function in chosen if number % 2 == 0 else chosen[::-1]:
                 runs[method, budget].append(once(bench, batch, function, args.device))
                 bar.update()
-    images = batch * bench.adapter.grid.tokens
+    images = batch * bench.grid.tokens
     reference = runs[FULL, ""][0]
+    condition = int(bench.prompts(batch).condition_lengths.max())
     results = []
     for method, budget, function in chosen:
         found = runs[method, budget]
@@ -88,7 +89,9 @@ def measure(bench: Bench, batch: int, args: argparse.Namespace) -> dict[str, Any
             for name, factor in (("seconds", "speed_up_over_own_loop"), ("cpu_seconds", "cpu_speed_up_over_own_loop")):
                 result[factor] = statistics.median(run[name] for run in runs[OWN_LOOP, ""]) / middle[name]
         if method not in (OWN_LOOP, FULL) and args.layers is None:
-            work = bench.shape.workload(dtype=bench.model.dtype, weights=0, guided=args.guidance != 1)
+            work = bench.shape.workload(
+                dtype=bench.model.dtype, weights=0, guided=args.guidance != 1, condition=condition
+            )
             plan = memory_needed(work, method, batch=batch, budget=parse_budget(budget))
             result["planned_cache_bytes"], result["planned_cache_peak"] = plan.cache_end, plan.cache
         if found[0]["parts"] is not None:
@@ -98,7 +101,12 @@ def measure(bench: Bench, batch: int, args: argparse.Namespace) -> dict[str, Any
         elif args.parts:
             result["parts"] = parts(function, args.device)
         results.append(result)
-    return {"batch": batch, "rows": batch if args.guidance == 1 else 2 * batch, "results": results}
+    return {
+        "batch": batch,
+        "condition": condition,
+        "rows": batch if args.guidance == 1 else 2 * batch,
+        "results": results,
+    }
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -134,7 +142,7 @@ def main(argv: list[str] | None = None) -> int:
         "settings": {name: value for name, value in vars(args).items() if name != "json"},
         "shape": shape.title,
         "device": torch.cuda.get_device_name() if args.device.startswith("cuda") else "cpu",
-        "grid": [bench.adapter.grid.height, bench.adapter.grid.width, bench.adapter.grid.row_stride],
+        "grid": [bench.grid.height, bench.grid.width, bench.grid.row_stride],
         "layers": bench.model.config.get_text_config(decoder=True).num_hidden_layers,
         "gate": "passed",
         "batches": [],

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from transformers import StaticCache
 
-from headkv_mm import Compression, HeadKVCache
+from headkv_mm import Compression, HeadKVCache, ImageGrid
 from headkv_mm.pipelines.models import adapter_class_for
 from headkv_mm.pipelines.models.base import EncodedPrompts, GeneratedTokens, ImageModelAdapter, Sampling
 from headkv_mm.shapes import Shape
@@ -51,6 +51,12 @@ class Bench:
     adapter: ImageModelAdapter
     guidance: float
 
+    @property
+    def grid(self) -> ImageGrid:
+        """The shape's image; the adapter's own may be another one that the architecture draws."""
+        assert self.shape.grid is not None
+        return self.shape.grid
+
     def prompts(self, batch: int) -> EncodedPrompts:
         """Prompts for a batch, on the model's device."""
         device = self.model.device
@@ -59,8 +65,8 @@ class Bench:
                 raise SystemExit("text-conditional LlamaGen has the same blocks: measure its class-conditional shape")
             ids = torch.arange(batch, device=device)[:, None] + self.model.config.codebook_size  # [B, 1]
             inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
-            return EncodedPrompts(inputs, torch.ones(batch, dtype=torch.long), self.adapter.grid)
-        encoded = self.adapter.encode(["words"] * batch)
+            return EncodedPrompts(inputs, torch.ones(batch, dtype=torch.long), self.grid)
+        encoded = self.adapter.encode(["words"] * batch, grid=self.grid)
         moved = {name: tensor.to(device) for name, tensor in encoded.inputs.items()}
         return EncodedPrompts(moved, encoded.condition_lengths, encoded.grid, encoded.prompts)
 
@@ -111,7 +117,9 @@ def build(shape: Shape, layers: int | None, device: str, dtype: torch.dtype, gui
     own.bos_token_id, own.pad_token_id = RandomWords.bos_token_id, RandomWords.pad_token_id
     own.generation_kwargs = {"boi_token_id": RandomWords.boi_token_id}
     words = RandomWords(shape.condition, (shape.grid.height, shape.grid.width))
-    return Bench(shape, model, adapter_class_for(config)(model, words, words), guidance)
+    kind = adapter_class_for(config)
+    nothing: Any = (lambda codes: codes) if kind.takes_image_decoder else None  # no picture is made
+    return Bench(shape, model, kind(model, words, words, nothing), guidance)
 
 
 def gate(small: Bench, compressions: list[Compression]) -> None:
@@ -124,7 +132,7 @@ def gate(small: Bench, compressions: list[Compression]) -> None:
     if not torch.equal(everything, small.ours(1, Compression("none")).tokens):
         raise SystemExit("gate failed: a budget of 100 % does not give the tokens of the full cache; nothing is timed")
     text, decoder = small.model.config.get_text_config(decoder=True), small.model.get_decoder()
-    grid = small.adapter.grid
+    grid = small.grid
     tolerance = 1e-4 if small.model.dtype == torch.float32 else 3e-2
     generator = torch.Generator().manual_seed(0)
     steps = min(2 * grid.row_stride, 64)

@@ -10,6 +10,8 @@ Example:
 from __future__ import annotations
 
 import argparse
+import contextlib
+import io
 import json
 import re
 import sys
@@ -17,11 +19,15 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from headkv_mm import cli
+from headkv_mm.budgets import parse_budget
 from headkv_mm.demo import text_model_path
 from headkv_mm.evaluation.settings import FULL, budget_label
 from headkv_mm.evaluation.tables import interval, percent, table
 from headkv_mm.evaluation.text.tables import overview
-from headkv_mm.head_tables import SHIPPED_NAME, load_head_table
+from headkv_mm.head_tables import SHIPPED, load_head_table
+from headkv_mm.shapes import get_shape
+from headkv_mm.workload import memory_needed
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
@@ -118,7 +124,7 @@ def image_decode() -> str:
 
 def heads() -> str:
     """The head table of the embedded language model, by layer."""
-    shipped = load_head_table(text_model_path() / SHIPPED_NAME)
+    shipped = load_head_table(text_model_path() / SHIPPED["r2"])
     rows = [
         [str(layer), percent(sum(scores)), *(percent(score) for score in scores)]
         for layer, scores in enumerate(shipped.kv_scores().tolist())
@@ -147,6 +153,22 @@ def text_cache() -> str:
         ],
     ]
     return table(["what", "method", "bytes held", "CPU time"], rows)
+
+
+def fastkv_prefill() -> str:
+    """Reading a long prompt where only chosen tokens go on after half of the layers."""
+    content = _load("cpu/fastkv_prefill.json")
+    settings, result = content["settings"], content["result"]
+    row = [
+        f"{settings['tokens']:,}",
+        f"{settings['layers']}, of which {settings['tsp_layer'] + 1} see all tokens",
+        percent(settings["ratio"], 0),
+        percent(result["limit"], 0),
+        percent(result["ratio"]),
+        percent(result["nbytes"] / result["nbytes_full"]),
+    ]
+    heads = ["tokens", "layers", "tokens that go on", "layer-tokens", "CPU time of the stock prefill", "bytes held"]
+    return table(heads, [row])
 
 
 def text() -> str:
@@ -244,10 +266,73 @@ def text_tasks() -> str:
     return table(["method", *tasks], rows)
 
 
+PUBLISHED = [  # shape, images together, method, budget, published factor, published bytes, where
+    ("llamagen-xl-384", 128, "headkv", "1/4", "2.36x", "", "arXiv 2605.20600"),
+    ("llamagen-xl-384", 128, "headkv", "1/6", "3.00x", "33.91 to 12.34 GB", "arXiv 2605.20600"),
+    ("llamagen-xl-384", 256, "lines", "1/4", "5.18x", "", "arXiv 2512.04857"),
+    ("llamagen-xl-384", 256, "lines", "1/6", "7.57x", "64.75 to 20.97 GB", "arXiv 2512.04857"),
+    ("janus-pro-7b", 55, "headkv", "1/6", "3.68x", "", "arXiv 2605.20600"),
+    ("janus-pro-7b", 55, "headkv", "1/8", "3.89x", "", "arXiv 2605.20600"),
+    ("janus-pro-7b", 64, "lines", "1/6", "5.62x", "", "arXiv 2512.04857"),
+    ("lumina-mgpt-768", 6, "headkv", "1/8", "1.60x", "", "arXiv 2605.20600"),
+    ("lumina-mgpt-768", 12, "lines", "1/8", "2.13x", "", "arXiv 2512.04857"),
+    ("lumina-mgpt-1024", 8, "lines", "1/8", "2.64x", "", "arXiv 2512.04857"),
+]
+
+
+def published() -> str:
+    """Published factors, and the memory that we plan for the same setting."""
+    rows = []
+    for name, batch, method, budget, factor, gigabytes, source in PUBLISHED:
+        work = get_shape(name).workload()
+        full, ours = (
+            memory_needed(work, chosen, batch=batch, budget=kept).total / 1e9
+            for chosen, kept in (("none", None), (method, parse_budget(budget)))
+        )
+        planned = f"{full:.1f} to {ours:.1f} GB"
+        rows.append([name, str(batch), f"`{method}` {budget}", factor, gigabytes, planned, "not run", source])
+    heads = ["shape", "images", "method", "published", "published memory", "memory we plan", "ours", "source"]
+    return table(heads, rows)
+
+
+def plan_images() -> str:
+    """What `headkv-mm plan` says of an image model."""
+    return _plan("--model", "llamagen-xl-384", "--memory", "24GiB", "--batch", "200")
+
+
+def plan_texts() -> str:
+    """What `headkv-mm plan` says of a language model."""
+    return _plan("--model", "qwen3-8b", "--memory", "48GiB", "--tokens", "32768", "--chunk", "2048", "--batch", "16")
+
+
+def plan_glm_image() -> str:
+    """What `headkv-mm plan` says where compression saves little."""
+    return _plan("--model", "glm-image", "--memory", "24GiB")
+
+
+def plan_list() -> str:
+    """The built-in shapes."""
+    return _plan("--list")
+
+
+def _plan(*words: str) -> str:
+    """The command and its output, which depends on nothing but the code."""
+    output = io.StringIO()
+    with contextlib.redirect_stdout(output):
+        cli.main(["plan", *words])
+    return f"```bash\nheadkv-mm plan {' '.join(words)}\n```\n\n```text\n{output.getvalue().rstrip()}\n```"
+
+
 MAKERS: dict[str, Callable[[], str]] = {
+    "published": published,
+    "plan-images": plan_images,
+    "plan-texts": plan_texts,
+    "plan-glm-image": plan_glm_image,
+    "plan-list": plan_list,
     "heads": heads,
     "images": images,
     "text-cache": text_cache,
+    "fastkv-prefill": fastkv_prefill,
     "decode": decode,
     "decode-long": decode_long,
     "window-scores": window_scores,

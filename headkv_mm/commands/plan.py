@@ -209,7 +209,7 @@ def _print(record: dict[str, Any]) -> None:
         before = f" after {grid_['start']} of a preview" if grid_["start"] else ""
         rows = "2 rows per image (guidance)" if record["guided"] else "1 row per image"
         print(f"{size}; {grid_['height']} x {grid_['width']} tokens{newline}{before}, {rows}")
-        print(f"prompt {record['condition']} tokens")
+        print(f"prompt of {record['condition']} token{'' if record['condition'] == 1 else 's'}")
     print(f"memory {gib(record['memory'])}, weights {gib(record['weights'])}\n")
     heads = ["cache", f"cache of {_what(record, batch)}", "activations", "all together", "fits", "largest batch"]
     lines = [

@@ -80,7 +80,9 @@ def _chameleon(layers: int | None) -> ChameleonConfig:
 
     # 8192 image codes from id 4 on, named as transformers reads them: digits are letters, Z ends the name.
     names = {f"IMGIMG{''.join(chr(ord('A') + int(digit)) for digit in str(code))}Z": code + 4 for code in range(8192)}
-    special = {"<eoss>": 8196, "<racm3:break>": 8197, "<image>": 8711, "<reserved08799>": 8803}
+    # Reserved words follow; Lumina-mGPT means an image's size and the end of a row by some of them.
+    reserved = {f"<reserved{number:05d}>": number + 4 for number in range(8706, 8900)}
+    special = {"<eoss>": 8196, "<racm3:break>": 8197, "<image>": 8711}
     return ChameleonConfig(
         vocab_size=65536,
         hidden_size=4096,
@@ -89,7 +91,7 @@ def _chameleon(layers: int | None) -> ChameleonConfig:
         num_attention_heads=32,
         num_key_value_heads=32,
         max_position_embeddings=10240,
-        vocabulary_map={**names, **special},
+        vocabulary_map={**names, **reserved, **special},
         vq_config={},
     )
 

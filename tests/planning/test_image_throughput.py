@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import Emu3Config, JanusConfig
+from transformers import ChameleonConfig, Emu3Config, JanusConfig
 
 from headkv_mm.image_grid import ImageGrid
 from headkv_mm.llamagen import LlamaGenConfig
@@ -68,9 +68,24 @@ def emu3(layers: int | None) -> Emu3Config:
     )
 
 
+def chameleon(layers: int | None) -> ChameleonConfig:
+    names = {f"IMGIMG{letter}Z": 24 + code for code, letter in enumerate("ABCDEFGHIJ")}
+    special = {"<image>": 40, "<racm3:break>": 41, "<reserved08706>": 42, "<reserved08799>": 43, "<reserved08803>": 44}
+    text = {name: value for name, value in TEXT.items() if name != "model_type"}
+    pixels = {"embed_dim": 8, "num_embeddings": 10, "latent_channels": 32, "base_channels": 32, "num_res_blocks": 1}
+    return ChameleonConfig(
+        **text,
+        num_hidden_layers=layers or 2,
+        initializer_range=0.4,
+        vq_config={**pixels, "channel_multiplier": [1, 1], "resolution": 2 * SIDE},
+        vocabulary_map={**names, **special},
+    )
+
+
 SHAPES = {
     "llamagen": Shape("llamagen", "tiny", llamagen, 0.0, "", ImageGrid(SIDE, SIDE), guided=True, condition=1),
     "janus": Shape("janus", "tiny", janus, 0.0, "", ImageGrid(SIDE, SIDE), guided=True, condition=9),
+    "lumina": Shape("lumina", "tiny", chameleon, 0.0, "", ImageGrid(SIDE, SIDE, SIDE + 1), guided=True, condition=9),
     "emu3": Shape("emu3", "tiny", emu3, 0.0, "", ImageGrid(SIDE, SIDE, SIDE + 1), guided=True, condition=9),
 }
 
@@ -98,12 +113,13 @@ def test_report(benchmark: ModuleType, shape: str, tmp_path: Path, capsys: pytes
     (batch,) = report["batches"]
     assert (batch["rows"], report["layers"]) == (4, 2)
     results = {(run["method"], run["budget"]): run for run in batch["results"]}
-    own = [] if shape == "emu3" else [("own loop", "")]  # Emu3's adapter runs the stock loop
+    # Emu3's adapter runs the stock loop, and there is none that draws with Chameleon.
+    own = [] if shape in ("emu3", "lumina") else [("own loop", "")]
     assert list(results) == [*own, ("full", ""), ("lines", "1/2"), ("lines", "1/3")]
     full = results["full", ""]
     grid = SHAPES[shape].grid
     assert grid is not None
-    columns = SHAPES[shape].condition + grid.tokens - 1  # the last token is never read
+    columns = batch["condition"] + grid.tokens - 1  # the last token is never read
     assert full["cache_bytes"] == 4 * columns * 2 * 2 * 2 * 8 * 4
     for key in own:
         assert results[key]["same_tokens_as_full"] == 1.0
