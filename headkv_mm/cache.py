@@ -99,7 +99,7 @@ class HeadKVCache(Cache):
                 for index, layer in enumerate(layers)
             ]
         )
-        self.propagation = _propagation(model_or_config, pieces, layers)
+        self.propagation = _propagation(model_or_config, pieces, layers, image=self.image_grid is not None)
         """Which tokens of a forward go on after one of its layers; None where all do, as with most methods."""
         self._share()
 
@@ -254,7 +254,9 @@ def _grid(kind: str | None, given: ImageGrid | None, config: Any) -> ImageGrid |
     return grid
 
 
-def _propagation(model_or_config: Any, pieces: Pieces | None, layers: Sequence[Any]) -> Propagation | None:
+def _propagation(
+    model_or_config: Any, pieces: Pieces | None, layers: Sequence[Any], *, image: bool
+) -> Propagation | None:
     """What lets only some tokens go on to later layers, hooked up to the model; None for methods that do not.
 
     Raises:
@@ -263,6 +265,10 @@ def _propagation(model_or_config: Any, pieces: Pieces | None, layers: Sequence[A
     if pieces is None or not isinstance(pieces.schedule, TokenSelective):
         return None
     others = sorted({type(layer).__name__ for layer in layers if type(layer) is not DynamicLayer})
+    if image:
+        raise ValueError(
+            "this method chooses among the tokens of a prompt, and an image is written token by token; use it for texts"
+        )
     if others:
         raise ValueError(
             f"the model has layers of other kinds ({', '.join(others)}), whose caches need every token, so none can be "

@@ -17,7 +17,7 @@ from torch import Tensor
 from transformers import AttentionInterface, AttentionMaskInterface, AutoModelForCausalLM, DynamicCache
 from transformers.masking_utils import sdpa_mask
 
-from headkv_mm import HeadKVCache, compress
+from headkv_mm import HeadKVCache, ImageGrid, compress
 from headkv_mm.propagation import best_columns
 from headkv_mm.schedules import TokenSelective
 from headkv_mm.text_plan import text_plan
@@ -446,5 +446,7 @@ def test_what_cannot_work_is_refused_in_one_line(model: Any) -> None:
     gpt2 = AutoModelForCausalLM.from_config(transformers.GPT2Config(vocab_size=9, n_embd=8, n_layer=2, n_head=2))
     with pytest.raises(ValueError, match="has no list of decoder layers that take"):
         HeadKVCache(gpt2, "fastkv")
+    with pytest.raises(ValueError, match="an image is written token by token"):
+        HeadKVCache(model, "snapkv", image_grid=ImageGrid(8, 8), schedule=TokenSelective())
     with pytest.raises(RuntimeError, match="is for inference"):
         model(torch.ones(1, 90, dtype=torch.long), past_key_values=HeadKVCache(model, "fastkv"))
