@@ -375,6 +375,6 @@ def test_models_that_cannot_be_watched_are_refused() -> None:
     with pytest.raises(ValueError, match="cannot be watched"):
         cache.found()
     for heads, layer in zip((4, 4, 2), cache.watched_layers):
-        layer.found, layer.kv_heads = torch.ones(heads), 2
+        layer.latest, layer.kv_heads = torch.ones(heads), 2
     with pytest.raises(ValueError, match="differ in their number of heads"):
         cache.found()
