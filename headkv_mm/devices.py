@@ -10,9 +10,9 @@ import torch
 from torch import nn
 
 
-def input_device(model: nn.Module) -> torch.device:
+def input_device(model: Any) -> torch.device:
     """Where a model's first layer computes; `model.device` may be "meta", where offloaded weights only seem to be."""
-    embedding = model.get_input_embeddings() if hasattr(model, "get_input_embeddings") else model
+    embedding: nn.Module = model.get_input_embeddings() if hasattr(model, "get_input_embeddings") else model
     return computing_device(embedding, model)
 
 
@@ -34,12 +34,13 @@ def computing_device(module: nn.Module, model: nn.Module | None = None) -> torch
     """Where a module computes; if it says nothing, where the first weight of `model` is that is anywhere."""
     for part in module.modules():
         for hook in _hooks(getattr(part, "_hf_hook", None)):
-            device = getattr(hook, "execution_device", None)
-            if device is not None:
-                return torch.device(device)
+            place = getattr(hook, "execution_device", None)
+            if place is not None:
+                return torch.device(place)
     for weight in (*module.parameters(), *(() if model is None else model.parameters())):
-        if weight.device.type != "meta":
-            return weight.device
+        if not weight.is_meta:
+            device: torch.device = weight.device
+            return device
     return torch.device("cpu")
 
 

@@ -27,7 +27,7 @@ BACKBONE = {
     "initializer_range": 0.3,
 }
 TEXT: dict[str, tuple[str, dict[str, Any]]] = {
-    **{name: (name, {"budget": 0.4}) for name in headkv_mm.methods("text") if name not in ("none", "headkv-r2")},
+    **{name: (name, {"budget": 0.4}) for name in headkv_mm.methods("text") if name not in NEED_TABLES},
     "headkv, no redistribution": ("headkv", {"budget": 24, "redistribute": False, "tau": 0.7}),
     "headkv, some local": ("headkv", {"budget": 0.4, "tau": 0.7, "local_window": 8}),
     "adakv, model": ("adakv", {"budget": 0.4, "scope": "model"}),
