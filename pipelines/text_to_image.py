@@ -153,7 +153,7 @@ class TextToImagePipeline(Pipeline):
             "kv_compression": compression.to_dict() if compression.resolve().compresses else None,
             "sampling": self._adapter.sampling_for(parameters.get("sampling", Sampling()), grid).to_dict(),
             "negative_prompt": parameters.get("negative_prompt"),
-            "image_grid": [grid.height, grid.width],
+            "image_grid": [grid.height, grid.width, *([grid.row_stride] if grid.row_stride != grid.width else [])],
         }
         if self._adapter.text_encoder is not None:
             values["text_encoder"] = fingerprint(self._adapter.text_encoder)

@@ -336,6 +336,11 @@ def test_defaults_are_the_authors(pipe: Any) -> None:
     anole, lumina = (pipe("a", image_grid=grid).report.settings for grid in (None, LUMINA))
     assert anole == {"guidance_scale": 3.0, "do_sample": True, "temperature": 0.7, "top_k": 0, "top_p": 0.9}
     assert lumina == {"guidance_scale": 4.0, "do_sample": True, "temperature": 1.0, "top_k": 2000, "top_p": 1.0}
+    ours = headkv_mm.pipeline(
+        "text-to-image", pipe.model, processor=pipe.processor, image_decoder=grey, image_grid=LUMINA
+    )
+    assert ours.settings()["sampling"] == lumina
+    assert ours.settings()["image_grid"] == [8, 4, 5]
     assert pipe("a", image_grid=LUMINA, top_k=3, guidance_scale=2).report.settings["top_k"] == 3
 
 
