@@ -69,7 +69,10 @@ class LlamaGenConfig(PreTrainedConfig):
         if not isinstance(self.text_config, PreTrainedConfig):
             self.text_config = AutoConfig.for_model(**{"model_type": "llama", **(self.text_config or {})})
         if isinstance(self.vq_config, dict):
-            self.vq_config = AutoConfig.for_model(**{"model_type": "janus_vqgan", **self.vq_config})
+            # Not through AutoConfig: older transformers do not know the name of this part.
+            from transformers.models.janus.configuration_janus import JanusVQVAEConfig
+
+            self.vq_config = JanusVQVAEConfig(**{**self.vq_config, "model_type": JanusVQVAEConfig.model_type})
         super().__post_init__(**kwargs)
         # The model registers itself with the Auto classes when it is imported. Whoever loads it through them reads a
         # configuration first; an earlier import could meet transformers while it is still loading Llama.

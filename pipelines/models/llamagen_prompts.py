@@ -12,6 +12,8 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from headkv_mm.devices import input_device
+
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
@@ -159,7 +161,7 @@ class FeatureReader(PromptReader):
                 f"this model reads text features of width {self.config.feature_size}, the text encoder gives "
                 f"{bound.feature_size}: use the one it was trained with"
             )
-        self._encoder = bound.to(self._model.device)
+        self._encoder = bound.to(input_device(self._model))
         return bound.model
 
     def check(self, prompt: str) -> str:
