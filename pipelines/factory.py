@@ -211,5 +211,5 @@ def _add_processing(folder: str, needs_processor: bool, arguments: dict[str, Any
 
         try:
             arguments["tokenizer"] = AutoTokenizer.from_pretrained(folder, **hub)
-        except (OSError, ValueError, KeyError):
+        except (OSError, ValueError, KeyError, ImportError):
             return  # the adapter knows the tokenizer, or says what is missing
