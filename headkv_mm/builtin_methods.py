@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from .allocators import HeadTableShares, HeadType, Pooled, Pyramid, Uniform
+from .allocators import HeadTableShares, HeadType, LayerTableShares, Pooled, Pyramid, Uniform
 from .registry import Pieces, register_method
 from .schedules import AfterGrouping, EachInterval, EachRow, TokenSelective
 from .scorers import (
@@ -17,6 +17,7 @@ from .scorers import (
     Recency,
     RecentQueries,
     Redundancy,
+    RetrievalHeads,
     WindowAttention,
 )
 from .selectors import MassSegments, Stratified
@@ -118,6 +119,12 @@ register_method(
     text=Pieces(Redundancy(), Uniform(window=8), _BY_SCORE, EachInterval()),
     description="The same budget for every head; what the last queries attend to and no newer entry repeats.",
     source="arXiv 2505.24133",
+)
+register_method(
+    "compresskv",
+    text=Pieces(RetrievalHeads(), LayerTableShares(), _BY_SCORE, EachInterval()),
+    description="The same entries in all heads of a layer, by its retrieval heads; budgets by a table of layer errors.",
+    source="arXiv 2508.02401",
 )
 register_method(
     "laprox",

@@ -3,8 +3,9 @@
 
 from .head_table import HeadTableShares
 from .head_type import HeadType
+from .layer_table import LayerTableShares
 from .pooled import Pooled
 from .pyramid import Pyramid
 from .uniform import Uniform
 
-__all__ = ["HeadTableShares", "HeadType", "Pooled", "Pyramid", "Uniform"]
+__all__ = ["HeadTableShares", "HeadType", "LayerTableShares", "Pooled", "Pyramid", "Uniform"]

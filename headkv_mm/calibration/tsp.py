@@ -3,8 +3,7 @@
 
 from __future__ import annotations
 
-import random
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -14,7 +13,7 @@ from torch import Tensor, nn
 
 from headkv_mm.attach import compress
 from headkv_mm.calibration.partial import load_partial, save_partial
-from headkv_mm.calibration.prompts import needle_prompt
+from headkv_mm.calibration.texts import calibration_texts, check_positions, identity_of
 from headkv_mm.evaluation.origin import versions
 from headkv_mm.fingerprint import fingerprint
 from headkv_mm.layer_hooks import decoder_layers
@@ -88,10 +87,12 @@ def calibrate_tsp(
     """
     calibration = calibration or TSPCalibration()
     layers = len(decoder_layers(model))
-    _check_length(model, calibration)
-    texts = _texts(tokenizer, calibration, text)
+    check_positions(model, calibration.length)
+    texts = calibration_texts(
+        tokenizer, texts=calibration.texts, length=calibration.length, seed=calibration.seed, text=text, label="tsp"
+    )
     settings = {**asdict(calibration), "fingerprint": fingerprint(model), "dtype": str(model.dtype)}
-    settings["text"] = None if text is None else [len(text), hash_of(text)]
+    settings["text"] = identity_of(text)
     found = None if partial is None else load_partial(partial, FORMAT, settings)
     progress: dict[str, Any] = found or {"done": 0, "sums": [0.0] * layers}
     training = model.training
@@ -121,36 +122,6 @@ def calibrate_tsp(
     )
 
 
-def hash_of(text: str) -> str:
-    """What tells two texts apart."""
-    import hashlib
-
-    return hashlib.sha256(text.encode()).hexdigest()[:16]
-
-
-def _texts(tokenizer: Any, calibration: TSPCalibration, text: str | None) -> list[Sequence[int]]:
-    """Tokens of every text.
-
-    Raises:
-        ValueError: if they cannot be cut from `text`.
-    """
-    if text is None:
-        depths = [(index % 10) / 9 for index in range(calibration.texts)]
-        generators = [random.Random(f"tsp {calibration.seed} {index}") for index in range(calibration.texts)]
-        return [
-            needle_prompt(tokenizer, rng, calibration.length, depth).ids
-            for rng, depth in zip(generators, depths, strict=True)
-        ]
-    ids: list[int] = tokenizer(text)["input_ids"]
-    needed = calibration.texts * calibration.length
-    if len(ids) < needed:
-        raise ValueError(
-            f"the text has {len(ids)} tokens, and {calibration.texts} texts of {calibration.length} need {needed}: "
-            "give a longer one, or ask for fewer or shorter texts"
-        )
-    return [ids[first : first + calibration.length] for first in range(0, needed, calibration.length)]
-
-
 def _distances(model: Any, ids: Tensor, layers: int, ratio: float) -> list[float]:
     """|h - h_full| / |h_full| of the last token, for every layer after which tokens are left behind."""
     full = _last_hidden(model, ids, use_cache=False)
@@ -168,11 +139,3 @@ def _last_hidden(model: Any, ids: Tensor, *, use_cache: bool) -> Tensor:
     decoder: nn.Module = model.get_decoder()
     hidden: Tensor = decoder(input_ids=ids, use_cache=use_cache).last_hidden_state[0, -1]
     return hidden.float()
-
-
-def _check_length(model: Any, calibration: TSPCalibration) -> None:
-    most = getattr(model.config.get_text_config(decoder=True), "max_position_embeddings", None)
-    if most is not None and calibration.length > most:
-        raise ValueError(
-            f"the model was made for {most} positions, and the texts have {calibration.length}: use a shorter length"
-        )

@@ -8,6 +8,7 @@ from .keys import KeyDifference, KeyNorm
 from .output_norm import OutputNorm
 from .recent import Recency, RecentQueries
 from .redundancy import Redundancy
+from .retrieval import RetrievalHeads
 
 __all__ = [
     "AccumulatedAttention",
@@ -20,5 +21,6 @@ __all__ = [
     "Recency",
     "RecentQueries",
     "Redundancy",
+    "RetrievalHeads",
     "WindowAttention",
 ]

@@ -383,7 +383,7 @@ class TestRefusals:
         one = {name: tensor[2:] for name, tensor in inputs.items()}
         settings = {"prompt_lookup_num_tokens": 3, "max_new_tokens": 8, "eos_token_id": 0}
         # Older transformers tell the cache nothing before they take tokens back.
-        with pytest.raises(ValueError, match="assisted decoding|cannot be cropped"):
+        with pytest.raises(ValueError, match=r"assisted decoding|cannot be cropped"):
             model.generate(**one, past_key_values=make(model, grid), **settings)
 
     def test_latent_attention_and_shared_layers(self, grid) -> None:

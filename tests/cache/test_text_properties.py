@@ -64,6 +64,11 @@ class Driver:
         if "scores" in method.options:
             scores = torch.rand(LAYERS, self.kv_heads, generator=torch.Generator().manual_seed(scene["seed"]))
             method = method.with_options({"scores": scores.square().tolist()})
+        if "head_scores" in method.options:
+            generator = torch.Generator().manual_seed(scene["seed"])
+            scores = torch.rand(LAYERS, self.heads, generator=generator).square().tolist()
+            errors = torch.rand(LAYERS, generator=generator).tolist()
+            method = method.with_options({"head_scores": scores, "layer_errors": errors, "least": 5})
         pieces = method.with_options(scene.get("options", {})).text
         self.pieces = pieces.for_model(tiny_llama(LAYERS, self.heads, self.kv_heads, HEAD_DIM))
         self.generators = [torch.Generator().manual_seed(scene["seed"] + row) for row in rows]

@@ -16,6 +16,8 @@ from headkv_mm.head_tables import HeadTable, save_head_table
 from headkv_mm.llamagen import LlamaGenConfig, LlamaGenForConditionalGeneration
 
 LAYERS, HEADS = 2, 4
+NEED_TABLES = ("none", "headkv-r2", "compresskv")
+HEAD_SCORES = [[0.1, 2.0, 0.3, 0.0, 0.9, 0.2, 0.1, 0.8], [0.01, 0.02, 0.0, 0.0, 0.01, 0.0, 0.0, 0.03]]
 SCORES = [[1.0, 5.0, 2.0, 0.5], [3.0, 0.0, 4.0, 1.0]]
 BACKBONE = {
     "hidden_size": 64,
@@ -33,6 +35,10 @@ TEXT: dict[str, tuple[str, dict[str, Any]]] = {
     "adakv, model": ("adakv", {"budget": 0.4, "scope": "model"}),
     "headkv-r2, scores": ("headkv-r2", {"budget": 0.4, "scores": SCORES}),
     "headkv-r2, table": ("headkv-r2", {"budget": 20, "table": "heads.json"}),
+    "compresskv, scores": (
+        "compresskv",
+        {"budget": 24, "head_scores": HEAD_SCORES, "layer_errors": [3.0, 1.0], "least": 8},
+    ),
     "fastkv, few tokens": ("fastkv", {"budget": 0.4, "tsp_least": 0}),
     "bytes": ("snapkv", {"budget": "60KiB"}),
 }

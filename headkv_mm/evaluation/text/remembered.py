@@ -49,6 +49,12 @@ class Remembered(Scorer):
     def attention_window(self, plan: Plan) -> int:
         return self.scorer.attention_window(plan)
 
+    def held(self, plan: Plan) -> list[Tensor]:
+        return self.scorer.held(plan)
+
+    def held_bytes(self, heads: int, head_dim: int) -> int:
+        return self.scorer.held_bytes(heads, head_dim)
+
     def score_entries(self, observed: Observed) -> Tensor:
         key = (self.layer, self.scorer)
         if key not in self.scores:
