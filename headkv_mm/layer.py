@@ -416,16 +416,11 @@ class HeadKVLayer(CacheLayerMixin):
 
     def _choose_reading(self, tokens: int, visible: Tensor | None) -> None:
         """The same while a prompt is being read."""
-        reading, propagation = self._reading, self.propagation
-        if not self._chooses or propagation is None or reading is None or not isinstance(self.plan, TextPlan):
+        if not self._chooses or self.propagation is None or self._reading is None or self.pieces is None:
             return
-        if self.pieces is None or self.keys is None or self.values is None:
-            return
-        observed = observe_reading(reading, self.plan, self.keys, self.values)
-        propagation.look(self.pieces.scorer, observed)
-        new = [tokens] * self.keys.shape[0] if visible is None else visible.sum(-1).tolist()
-        before = [seen - count for seen, count in zip(observed.row_seen, new, strict=True)]
-        propagation.choose(self.plan, before, new, tokens, visible, always=True)
+        if isinstance(self.plan, TextPlan) and self.keys is not None and self.values is not None:
+            observed = observe_reading(self._reading, self.plan, self.keys, self.values)
+            self.propagation.choose_reading(self.pieces.scorer, observed, self.plan, tokens, visible)
 
     def mask_for(self, selection: Selection, stock: Tensor | None) -> Tensor | None:
         """The mask of this layer's attention for a forward of which only some tokens come.

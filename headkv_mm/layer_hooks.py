@@ -13,6 +13,7 @@ from collections.abc import Iterator
 from functools import partial
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from .propagation import Propagation, Selection
@@ -105,6 +106,8 @@ def _before(index: int, layer: nn.Module, args: tuple[Any, ...], kwargs: dict[st
     propagation = _propagation(kwargs)
     if propagation is None:
         return None
+    if layer.training and torch.is_grad_enabled():
+        raise RuntimeError("a compressed cache is for inference; call model.eval() and run it under torch.no_grad()")
     if index == propagation.layer:
         propagation.begin()
     selection = propagation.incoming(index)

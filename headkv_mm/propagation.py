@@ -161,6 +161,15 @@ class Propagation:
         seen = [before + new for before, new in zip(row_before, row_tokens, strict=True)]
         self.selection = Selection(columns, Passed(chosen.to(torch.int32), seen), counts, tokens, real)
 
+    def choose_reading(
+        self, scorer: Scorer, observed: Observed, plan: TextPlan, tokens: int, real: Tensor | None
+    ) -> None:
+        """Look, and choose among the last `tokens` of a prompt that is being read; see `look` and `choose`."""
+        self.look(scorer, observed)
+        new = [tokens] * len(observed.row_seen) if real is None else real.sum(-1).tolist()
+        before = [seen - count for seen, count in zip(observed.row_seen, new, strict=True)]
+        self.choose(plan, before, new, tokens, real, always=True)
+
 
 def best_columns(scores: Tensor, count: Tensor, width: int) -> Tensor:
     """The columns of the best scores in ascending order; of equal scores the newer column is better.
