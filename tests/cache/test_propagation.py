@@ -448,6 +448,7 @@ def test_what_cannot_work_is_refused_in_one_line(model: Any) -> None:
         HeadKVCache(gpt2, "fastkv")
     with pytest.raises(ValueError, match="an image is written token by token"):
         HeadKVCache(model, "snapkv", image_grid=ImageGrid(8, 8), schedule=TokenSelective())
-    for mode in (model.train(), model.eval()):
+    for training in (True, False):
+        model.train(training)
         with pytest.raises(RuntimeError, match="is for inference"):
-            mode(torch.ones(1, 90, dtype=torch.long), past_key_values=HeadKVCache(mode, "fastkv"))
+            model(torch.ones(1, 90, dtype=torch.long), past_key_values=HeadKVCache(model, "fastkv"))
