@@ -130,7 +130,8 @@ def test_report(benchmark: ModuleType, shape: str, tmp_path: Path, capsys: pytes
         assert run["parts"]["attention"] > 0
     for budget in ("1/2", "1/3"):
         held, planned = results["lines", budget]["cache_bytes"], results["lines", budget]["planned_cache_bytes"]
-        assert 0.95 * planned <= held <= planned
+        # Plans count the prompt in both rows of an image; Lumina-mGPT's unconditional row reads 3 tokens of it.
+        assert (0.85 if shape == "lumina" else 0.95) * planned <= held <= planned
     assert "tokens/s" in capsys.readouterr().out
 
 
