@@ -125,7 +125,7 @@ def test_the_command(model: LlamaForCausalLM, head_table: str, tmp_path: Path, c
     WORDS.save_pretrained(folder)
     text.write_text("the old mill is warm . " * 60)
     command = ["calibrate", "layers", str(folder), "--head-table", head_table, "--output", str(output)]
-    small = ["--texts", "2", "--length", "60", "--following", "5", "--entries", "10"]
+    small = ["--texts", "2", "--length", "80", "--following", "5", "--entries", "10"]
     assert cli.main([*command, *small, "--text", str(text)]) == 0
     assert "with 10 entries per KV head; mean of 2 texts" in capsys.readouterr().out
     table = load_layer_table(output)
