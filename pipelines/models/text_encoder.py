@@ -6,6 +6,7 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Sequence
+from threading import Lock
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -15,6 +16,9 @@ if TYPE_CHECKING:
 
 _QUOTES = str.maketrans("`´«»“”¨‘’", '"""""""\'\'')
 _DASHES = re.compile(r"[\u2010-\u2015\u2212\uFE58\uFE63\uFF0D]+")
+
+# A call notes its padding on the tokenizer, so two threads must not be in it at once.
+_TOKENIZING = Lock()
 
 
 class TextEncoder:
@@ -70,7 +74,8 @@ class TextEncoder:
             ValueError: if it is too long.
         """
         cleaned = _DASHES.sub("-", " ".join(text.lower().translate(_QUOTES).split()))
-        length = len(self._tokenizer(cleaned)["input_ids"])
+        with _TOKENIZING:
+            length = len(self._tokenizer(cleaned)["input_ids"])
         if length > self._limit:
             raise ValueError(f"the prompt has {length} tokens, this model reads at most {self._limit}: shorten it")
         return cleaned
@@ -80,9 +85,10 @@ class TextEncoder:
 
         Every text is read as alone: padded to the limit, so that the sums are the same in any company.
         """
-        batch = self._tokenizer(
-            list(texts), padding="max_length", max_length=self._limit, padding_side="right", return_tensors="pt"
-        ).to(self.model.device)
+        with _TOKENIZING:
+            batch = self._tokenizer(
+                list(texts), padding="max_length", max_length=self._limit, padding_side="right", return_tensors="pt"
+            ).to(self.model.device)
         hidden = self.model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).last_hidden_state
         return [row[keep.bool()] for row, keep in zip(hidden, batch["attention_mask"])]
 
