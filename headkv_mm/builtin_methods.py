@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from .allocators import HeadTableShares, HeadType, LayerTableShares, Pooled, Pyramid, Uniform
+from .allocators import HeadTableShares, HeadType, LayerTableShares, Pooled, Pyramid, RiskGate, Uniform
 from .registry import Pieces, register_method
 from .schedules import AfterGrouping, EachInterval, EachRow, TokenSelective
 from .scorers import (
@@ -18,6 +18,7 @@ from .scorers import (
     RecentQueries,
     Redundancy,
     RetrievalHeads,
+    ValueWeighted,
     WindowAttention,
 )
 from .selectors import MassSegments, Stratified
@@ -139,6 +140,12 @@ register_method(
     text=Pieces(ExpectedAttention(), Uniform(window=8), MassSegments(), EachInterval()),
     description="Every stretch of the text keeps a quota by its attention, and in it the best by any scorer.",
     source="arXiv 2605.23200",
+)
+register_method(
+    "compilerkv",
+    text=Pieces(ValueWeighted(), RiskGate(), _BY_SCORE, EachInterval()),
+    description="Experimental. The same entries in all heads of a layer, by tables compiled for the model; may keep less.",
+    source="arXiv 2602.08686",
 )
 register_method(
     "random",

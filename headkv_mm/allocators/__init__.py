@@ -6,6 +6,7 @@ from .head_type import HeadType
 from .layer_table import LayerTableShares
 from .pooled import Pooled
 from .pyramid import Pyramid
+from .risk_gate import RiskGate
 from .uniform import Uniform
 
-__all__ = ["HeadTableShares", "HeadType", "LayerTableShares", "Pooled", "Pyramid", "Uniform"]
+__all__ = ["HeadTableShares", "HeadType", "LayerTableShares", "Pooled", "Pyramid", "RiskGate", "Uniform"]

@@ -77,20 +77,20 @@ class Pooled:
             for budget, window, seen in zip(budgets, windows, observed.row_seen, strict=True)
         ]
         window, free = observed.per_row(windows), observed.per_row(budgets) - observed.per_row(windows)  # [B, 1]
-        candidates, values = _candidates(observed, scores, window)  # [B, G, M]
+        candidates, values = candidates_of(observed, scores, window)  # [B, G, M]
         there = candidates.sum((1, 2))[:, None] // heads  # [B, 1], candidates per head
         # In a text `there` is all the room wherever something has to leave, so this is exactly b.
         limit = observed.per_row(room).long()
         counted = ((there * free + limit // 2) // limit).clamp(min=1)
-        return _allocation(window + self._shares(values, candidates, counted, free), window)
+        return allocation_of(window + self._shares(values, candidates, counted, free), window)
 
     def preselect(self, observed: Observed, scores: Tensor) -> Allocation:
         """The layer's best, a few budgets of them, and in every head its own best up to the mean."""
         windows = observed.plan.windows_of(observed.row_budgets, tokens=self.window, rows=self.window_rows)
         window, free = observed.per_row(windows), observed.per_row(observed.row_budgets) - observed.per_row(windows)
-        candidates, values = _candidates(observed, scores, window)
+        candidates, values = candidates_of(observed, scores, window)
         found = best_of_row(values, candidates, free * (self.candidates * values.shape[1]))
-        return _allocation(window + found.maximum(free), window)
+        return allocation_of(window + found.maximum(free), window)
 
     def divide(self, layers: Sequence[tuple[Observed, Tensor]]) -> list[Allocation]:
         """Count the best of every row over all layers and divide the model's budget."""
@@ -98,7 +98,7 @@ class Pooled:
         heads, device = first.heads, first.seen.device
         windows = first.plan.windows_of(first.row_budgets, tokens=self.window, rows=self.window_rows)
         window, free = first.per_row(windows), first.per_row(first.row_budgets) - first.per_row(windows)
-        parts = [_candidates(observed, scores, observed.per_row(windows)) for observed, scores in layers]
+        parts = [candidates_of(observed, scores, observed.per_row(windows)) for observed, scores in layers]
         longest = max(values.shape[-1] for _, values in parts)
         # Newest first, so what fills up comes before. Layers side by side: [B, L * G, M].
         candidates, values = (
@@ -109,7 +109,7 @@ class Pooled:
         totals = targets.unflatten(1, (-1, heads)).sum(-1)  # [B, L]
         before = (totals.cumsum(-1) - totals).T.tolist()
         return [
-            _allocation(part.to(observed.seen.device), observed.per_row(windows), before[index])
+            allocation_of(part.to(observed.seen.device), observed.per_row(windows), before[index])
             for index, ((observed, _), part) in enumerate(zip(layers, targets.split(heads, dim=1), strict=True))
         ]
 
@@ -126,7 +126,7 @@ class Pooled:
         return scaled(weights, free.long() * heads)
 
 
-def _allocation(targets: Tensor, windows: Tensor, before: list[int] | None = None) -> Allocation:
+def allocation_of(targets: Tensor, windows: Tensor, before: list[int] | None = None) -> Allocation:
     """Targets [B, G] and windows [B, 1] with what the host must know of them."""
     return Allocation(
         targets=targets.to(torch.int32),
@@ -137,7 +137,7 @@ def _allocation(targets: Tensor, windows: Tensor, before: list[int] | None = Non
     )
 
 
-def _candidates(observed: Observed, scores: Tensor, window: Tensor) -> tuple[Tensor, Tensor]:
+def candidates_of(observed: Observed, scores: Tensor, window: Tensor) -> tuple[Tensor, Tensor]:
     """Which entries may be chosen, [B, G, M] bool newest first, and their scores; of all heads of the layer."""
     store = observed.store
     slots, filled = store.slots_in_order()

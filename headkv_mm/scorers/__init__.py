@@ -9,6 +9,7 @@ from .output_norm import OutputNorm
 from .recent import Recency, RecentQueries
 from .redundancy import Redundancy
 from .retrieval import RetrievalHeads
+from .value_weighted import ValueWeighted
 
 __all__ = [
     "AccumulatedAttention",
@@ -22,5 +23,6 @@ __all__ = [
     "RecentQueries",
     "Redundancy",
     "RetrievalHeads",
+    "ValueWeighted",
     "WindowAttention",
 ]

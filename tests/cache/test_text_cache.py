@@ -13,8 +13,8 @@ from transformers import DynamicCache, LlamaForCausalLM
 
 from headkv_mm import HeadKVCache, compress, methods, plan_memory
 
-COMPRESSING = [name for name in methods("text") if name not in ("none", "headkv-r2", "compresskv")]
-"""The two need tables for the model; `test_outside_check`, `test_compresskv` and the properties cover them."""
+COMPRESSING = [name for name in methods("text") if name not in ("none", "headkv-r2", "compresskv", "compilerkv")]
+"""Three need tables for the model; `test_outside_check`, the tests by their names and the properties cover them."""
 LENGTHS = (53, 57, 60)
 
 

@@ -134,6 +134,8 @@ def test_a_replayed_prompt_is_a_read_prompt(model: Any, method: str) -> None:
     if method == "compresskv":
         heads = model.config.num_attention_heads
         options |= {"head_scores": [list(range(heads))] * 2, "layer_errors": [1.0, 3.0], "least": 8}
+    if method == "compilerkv":
+        options |= {"head_weights": ((1.0, 1.5), (0.8, 1.0)), "gate": (((0.0, 0.9),),) * 2}
     # What another budget has left behind must not matter.
     replay(recording, HeadKVCache(model, method, budget=1 / 3, **options))
     direct, shown = (HeadKVCache(model, method, budget=1 / 4, **options) for _ in range(2))

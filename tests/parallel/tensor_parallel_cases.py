@@ -16,9 +16,10 @@ from headkv_mm.head_tables import HeadTable, save_head_table
 from headkv_mm.llamagen import LlamaGenConfig, LlamaGenForConditionalGeneration
 
 LAYERS, HEADS = 2, 4
-NEED_TABLES = ("none", "headkv-r2", "compresskv")
+NEED_TABLES = ("none", "headkv-r2", "compresskv", "compilerkv")
 HEAD_SCORES = [[0.1, 2.0, 0.3, 0.0, 0.9, 0.2, 0.1, 0.8], [0.01, 0.02, 0.0, 0.0, 0.01, 0.0, 0.0, 0.03]]
 SCORES = [[1.0, 5.0, 2.0, 0.5], [3.0, 0.0, 4.0, 1.0]]
+HEAD_WEIGHTS = [[1.0, 0.8, 1.5, 1.0], [1.2, 1.0, 0.8, 1.5]]
 BACKBONE = {
     "hidden_size": 64,
     "intermediate_size": 96,
@@ -39,12 +40,14 @@ TEXT: dict[str, tuple[str, dict[str, Any]]] = {
         "compresskv",
         {"budget": 24, "head_scores": HEAD_SCORES, "layer_errors": [3.0, 1.0], "least": 8},
     ),
+    "compilerkv, tables": (
+        "compilerkv",
+        {"budget": 0.4, "head_weights": HEAD_WEIGHTS, "gate": [[[0.0, 0.8], [0.0, 1.0]]] * 2, "entropy_edges": [0.6]},
+    ),
     "fastkv, few tokens": ("fastkv", {"budget": 0.4, "tsp_least": 0}),
     "bytes": ("snapkv", {"budget": "60KiB"}),
 }
-IMAGE: dict[str, tuple[str, dict[str, Any]]] = {
-    name: (name, {"budget": 0.6}) for name in ("headkv", "adakv", "tova")
-}
+IMAGE: dict[str, tuple[str, dict[str, Any]]] = {name: (name, {"budget": 0.6}) for name in ("headkv", "adakv", "tova")}
 
 
 def save_models(folder: Path) -> None:

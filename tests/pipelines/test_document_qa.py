@@ -314,7 +314,9 @@ def test_factory(tiny_llama_folder: Path, doc: Document, monkeypatch: pytest.Mon
         headkv_mm.pipeline(LONG_DOCUMENT_QA, device="cpu", temperature=2)
 
 
-@pytest.mark.parametrize("method", [n for n in headkv_mm.methods("text") if n not in ("headkv-r2", "compresskv")])
+@pytest.mark.parametrize(
+    "method", [n for n in headkv_mm.methods("text") if n not in ("headkv-r2", "compresskv", "compilerkv")]
+)
 def test_every_method_reads_answers_and_saves(qa: LongDocumentQAPipeline, tmp_path: Path, method: str) -> None:
     doc = qa.read(text=TEXT, kv_compression=method, kv_budget=64, chunk_size=100)
     before = _content(doc)
