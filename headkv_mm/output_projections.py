@@ -96,8 +96,8 @@ def _projections(model: nn.Module, config: Any) -> Iterator[tuple[int, nn.Module
         if not isinstance(index, int):
             continue
         for name in _NAMES:
-            projection = getattr(module, name, None)
-            if isinstance(projection, nn.Module) and hasattr(projection, "weight"):
+            projection: Any = getattr(module, name, None)
+            if hasattr(projection, "weight"):
                 if width in tuple(projection.weight.shape):
                     yield index, projection
                 break
@@ -105,8 +105,8 @@ def _projections(model: nn.Module, config: Any) -> Iterator[tuple[int, nn.Module
 
 def _weight(projection: nn.Module) -> Tensor:
     """The weight as [H * D, hidden], of the heads that this process has."""
-    weight: Any = projection.weight
-    weight = weight.to_local() if hasattr(weight, "to_local") else weight.data
+    sharded: Any = projection.weight
+    weight: Tensor = sharded.to_local() if hasattr(sharded, "to_local") else sharded.data
     if weight.device.type == "meta" or not weight.is_floating_point() or weight.dim() != 2:
         raise ValueError(
             "the model's output projections are offloaded or quantized, so the norms of projected values are not "

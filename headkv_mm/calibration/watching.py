@@ -107,7 +107,8 @@ def attention_rows(
         logits = logits + row if row.is_floating_point() else logits.masked_fill(~row, float("-inf"))
     if sinks is not None:
         logits = torch.cat([logits, sinks.float()[:, None]], dim=-1)
-    return logits.softmax(-1)[:, : keys.shape[1]]
+    attention: Tensor = logits.softmax(-1)[:, : keys.shape[1]]
+    return attention
 
 
 def retrieved(attention: Tensor, span: tuple[int, int]) -> Tensor:
