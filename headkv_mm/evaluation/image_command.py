@@ -8,6 +8,7 @@ import json
 from pathlib import Path
 
 from headkv_mm.evaluation.argument_values import budgets, names, option, whole
+from headkv_mm.evaluation.every_method import methods_meant
 
 HELP = "generate unseen captions with every method and budget; measure quality and bytes"
 EXAMPLE = "headkv-mm evaluate images --methods headkv,lines,streaming --budgets 1/4,1/6,1/8 --output evaluation"
@@ -20,7 +21,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         type=names,
         default=("none", "headkv", "lines", "streaming"),
         metavar="NAMES",
-        help="separated by commas; the full cache (none) is always among them (default: none,headkv,lines,streaming)",
+        help="separated by commas, or all; the full cache (none) is always among them "
+        "(default: none,headkv,lines,streaming)",
     )
     parser.add_argument(
         "--budgets",
@@ -77,8 +79,9 @@ def run(args: argparse.Namespace) -> int:
     from headkv_mm.evaluation.settings import EvaluationSettings
     from headkv_mm.evaluation.tables import markdown
 
+    model = open_model(args.model, args.device)
     settings = EvaluationSettings(
-        methods=args.methods,
+        methods=methods_meant(args.methods, model, "image"),
         budgets=args.budgets,
         captions=args.captions,
         seed=args.seed,
@@ -88,7 +91,6 @@ def run(args: argparse.Namespace) -> int:
         resamples=args.resamples,
         pictures=min(args.pictures, args.captions),
     )
-    model = open_model(args.model, args.device)
     content = evaluate(model, settings, Path(args.output), progress=not args.no_progress)
     print(json.dumps(content, indent=1) if args.json else markdown(content))
     return 0

@@ -9,7 +9,10 @@ from typing import Any
 import pytest
 
 from headkv_mm.evaluation import command
+from headkv_mm.evaluation.every_method import methods_meant
 from headkv_mm.evaluation.runner import open_model
+from headkv_mm.evaluation.settings import EvaluationSettings
+from headkv_mm.registry import methods
 
 
 def parse(*arguments: str) -> argparse.Namespace:
@@ -68,6 +71,15 @@ def test_the_command_evaluates_a_folder(model: Any, tmp_path: Path, capsys: pyte
     args.json = False
     assert command.run(args) == 0
     assert capsys.readouterr().out.startswith("# Images with a compressed KV cache")
+
+
+def test_all_means_every_method_for_images(model: Any) -> None:
+    meant = methods_meant(parse("--methods", "lines,all").methods, model, "image")
+    assert meant == tuple(methods("image"))
+    assert EvaluationSettings(methods=meant).compressions()  # all can be told when to evict first
+    assert methods_meant(("lines", "lines"), model, "image") == ("lines",)
+    with pytest.raises(ValueError, match="fastkv"):
+        EvaluationSettings(methods=methods_meant(("all", "fastkv"), model, "image"))
 
 
 def test_a_folder_without_a_model_is_refused(tmp_path: Path) -> None:

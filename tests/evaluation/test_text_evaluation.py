@@ -20,6 +20,7 @@ from headkv_mm.evaluation.text import runner as runner_module
 from headkv_mm.evaluation.text.report import evaluate_text
 from headkv_mm.evaluation.text.runner import TextRunner, open_text_model
 from headkv_mm.evaluation.text.settings import BASELINES, DEFAULT_TASKS, TextSettings
+from headkv_mm.registry import methods
 
 from .text_model import small_text_model, tokenizer
 
@@ -195,9 +196,29 @@ def test_the_command_evaluates_a_folder(model: Any, tmp_path: Path, capsys: pyte
     assert "before any question is known (query-agnostic)" in text
 
 
+def test_all_means_every_method_that_the_model_has_tables_for(
+    model: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    model.save_pretrained(tmp_path / "model")
+    tokenizer().save_pretrained(tmp_path / "model")
+    args = parse(
+        "--tasks", "list", "--lengths", "128", "--budgets", "1/4", "--documents", "1", "--no-progress", "--json"
+    )
+    args.model, args.output, args.device = str(tmp_path / "model"), str(tmp_path / "out"), "cpu"
+    args.methods = parse("--methods", "all").methods
+    assert command.run(args) == 0
+    output = capsys.readouterr()
+    evaluated = {run["method"] for run in json.loads(output.out)["runs"]}
+    assert {"snapkv", "fastkv", "laprox", "ams"} <= evaluated
+    missing = set(methods("text")) - evaluated
+    assert {"headkv-r2", "compresskv"} <= missing  # no table ships for this model
+    for name in missing:
+        assert f"{name} is left out: " in output.err
+
+
 def test_defaults_of_the_command() -> None:
     args = parse()
-    assert (args.tasks, args.methods, args.query_aware) == (None, None, False)
+    assert (args.tasks, args.methods, args.query_aware) == (None, ("all",), False)
     assert (args.budgets, args.lengths, args.documents, args.seed) == ((1 / 4, 1 / 8, 1 / 16), (512, 1024, 2048), 64, 0)
     assert parse("--tasks", "single, list", "--lengths", "512, 64").tasks == ("single", "list")
     assert set(DEFAULT_TASKS) & {"frequent-words", "long-generation"} == set()

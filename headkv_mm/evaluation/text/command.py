@@ -5,11 +5,10 @@ from __future__ import annotations
 
 import argparse
 import json
-import sys
 from pathlib import Path
-from typing import Any
 
 from headkv_mm.evaluation.argument_values import budgets, names, option, whole, whole_numbers
+from headkv_mm.evaluation.every_method import ALL, methods_meant
 
 HELP = "ask questions about unseen documents with every method and budget; measure quality and bytes"
 EXAMPLE = "headkv-mm evaluate text --tasks single,list --methods snapkv,adakv --budgets 1/4,1/8 --output evaluation"
@@ -27,8 +26,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--methods",
         type=names,
+        default=(ALL,),
         metavar="NAMES",
-        help="separated by commas; none, streaming and random are always among them (default: all methods for text)",
+        help="separated by commas; none, streaming and random are always among them (default: all, which is every "
+        "method for text that the model has the tables for)",
     )
     parser.add_argument(
         "--budgets",
@@ -90,7 +91,7 @@ def run(args: argparse.Namespace) -> int:
     settings = TextSettings(
         tasks=args.tasks or DEFAULT_TASKS,
         lengths=args.lengths,
-        methods=args.methods or _usable_methods(model),
+        methods=methods_meant(args.methods, model, "text"),
         budgets=args.budgets,
         documents=args.documents,
         seed=args.seed,
@@ -102,18 +103,3 @@ def run(args: argparse.Namespace) -> int:
     content = evaluate_text(model, tokenizer, settings, Path(args.output), progress=not args.no_progress)
     print(json.dumps(content, indent=1) if args.json else markdown(content))
     return 0
-
-
-def _usable_methods(model: Any) -> tuple[str, ...]:
-    """All methods for text, but for those that need a head table that this model does not have."""
-    from headkv_mm.cache import HeadKVCache
-    from headkv_mm.registry import methods
-
-    usable = []
-    for name in methods("text"):
-        try:
-            HeadKVCache(model, name)
-            usable.append(name)
-        except (ValueError, OSError) as error:
-            print(f"{name} is left out: {error}", file=sys.stderr)
-    return tuple(usable)
