@@ -144,7 +144,7 @@ register_method(
 register_method(
     "compilerkv",
     text=Pieces(ValueWeighted(), RiskGate(), _BY_SCORE, EachInterval()),
-    description="Experimental. The same entries in all heads of a layer, by tables compiled for the model; may keep less.",
+    description="Experimental: the same entries in all heads of a layer, by tables compiled for a model; fewer if poor.",
     source="arXiv 2602.08686",
 )
 register_method(

@@ -124,7 +124,8 @@ def attention_entropy(observed: Observed, window: int) -> Tensor:
     mass = sum_over_heads(attention, observed)  # [B, longest row]
     held = (sum_over_heads(torch.ones_like(attention), observed) > 0).sum(-1)  # [B]
     share = mass / mass.sum(-1, keepdim=True)
-    return torch.special.entr(share).sum(-1) / held.clamp(min=2).float().log()
+    entropy: Tensor = torch.special.entr(share).sum(-1) / held.clamp(min=2).float().log()
+    return entropy
 
 
 def checked_gate(gate: Sequence[Sequence[Sequence[float]]], entropy_edges: int, perplexity_edges: int) -> GateTable:
@@ -154,7 +155,7 @@ def checked_edges(edges: Sequence[float], name: str) -> tuple[float, ...]:
     Raises:
         ValueError: if they are not ascending numbers.
     """
-    if isinstance(edges, str) or not isinstance(edges, Sequence) or not all(map(_is_number, edges)):
+    if not isinstance(edges, Sequence) or not all(map(_is_number, edges)):
         raise ValueError(f"{name} must be a list of numbers")
     if any(left > right for left, right in pairwise(edges)):
         raise ValueError(f"{name} must ascend")

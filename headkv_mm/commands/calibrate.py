@@ -6,11 +6,11 @@ from __future__ import annotations
 import argparse
 from types import ModuleType
 
-from headkv_mm.commands import calibrate_layers, calibrate_tsp
+from headkv_mm.commands import calibrate_layers, calibrate_tables, calibrate_tsp
 
 HELP = "measure once what a method needs to know about a model"
 EXAMPLE = "headkv-mm calibrate tsp path/to/model --output tsp.json"
-KINDS: dict[str, ModuleType] = {"tsp": calibrate_tsp, "layers": calibrate_layers}
+KINDS: dict[str, ModuleType] = {"tsp": calibrate_tsp, "layers": calibrate_layers, "tables": calibrate_tables}
 """A module per kind, with HELP, EXAMPLE, add_arguments and run, as the modules of the commands have them."""
 
 
