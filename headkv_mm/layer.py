@@ -16,24 +16,23 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import CacheLayerMixin
 
-from .budgets import Budget, ImagePlan, StorageCost, image_plan
+from .budgets import Budget, ImagePlan
 from .chosen_mask import chosen_mask
 from .chunk import visible_columns
 from .compressor import LayerCompressor
 from .image_compressor import ImageCompressor
 from .image_grid import ImageGrid
-from .layer_state import LayerState, restored, state_of
-from .memory import storage_cost
+from .layer_plan import layer_cost, layer_plan
 from .model_pool import ModelPool
 from .passed import Passed
 from .pieces import Allocation
 from .plan import LayerPlace, Plan
-from .prompt import Prompt, Reading
+from .prompt import LeftPadded, Prompt, Reading
 from .propagation import Propagation, Selection, observe_reading
 from .ragged import RaggedKV
 from .registry import Pieces
 from .text_compressor import TextCompressor
-from .text_plan import TextPlan, text_plan
+from .text_plan import TextPlan
 
 LAYER_ATTRIBUTE = "_headkv_layer"
 """Attribute of the key tensor that `update` returns; it leads the attention function to the layer."""
@@ -85,27 +84,18 @@ class HeadKVLayer(CacheLayerMixin):
         self.plan: Plan | None = None
         """None until known: a budget in bytes is divided when the batch is seen."""
         if self.pieces is not None and not isinstance(self.budget, str):
-            self._set_plan(self._make_plan(self.pieces))
+            self.set_plan(layer_plan(self.pieces, self.budget, self.grid, self.place))
         self._pending: tuple[Tensor, Tensor] | None = None
         self._reading: Reading | None = None
         self._dense_bytes = 0
         self._read_bytes = 0
 
-    def _make_plan(self, pieces: Pieces, cost: StorageCost | None = None) -> Plan:
-        if self.grid is not None:
-            return image_plan(self.budget, self.grid, cost, self.place)
-        return self._text_plan(pieces, self.budget, cost)
+    def set_plan(self, plan: Plan) -> None:
+        """Take the plan, once it is known.
 
-    def _text_plan(self, pieces: Pieces, budget: Budget, cost: StorageCost | None = None) -> TextPlan:
-        return text_plan(
-            budget,
-            interval=getattr(pieces.schedule, "interval", None),
-            sinks=getattr(pieces.selector, "sinks", 0),
-            place=self.place,
-            cost=cost,
-        )
-
-    def _set_plan(self, plan: Plan) -> None:
+        Raises:
+            ValueError: if the method does not suit it.
+        """
         if self.pieces is not None and not plan.keeps_all:
             self.pieces.schedule.first(plan)  # refuses a first eviction beyond the image
         self.plan = plan
@@ -335,53 +325,34 @@ class HeadKVLayer(CacheLayerMixin):
         else:
             row_prompt = visible.sum(-1).tolist() if passed is None else passed.row_seen
         if self.plan is None and self.pieces is not None:
-            self._divide_bytes(self.pieces, keys, prompt.query.shape[1], max(row_prompt))
+            cost = layer_cost(self.pieces, self.grid, self.place, keys, prompt.query.shape[1], max(row_prompt))
+            self.set_plan(layer_plan(self.pieces, self.budget, self.grid, self.place, cost))
         if self.plan is None or self.pieces is None or self.plan.keeps_all:
             self._append_dense(keys, values)
         elif isinstance(self.plan, ImagePlan):
-            self.compressor = ImageCompressor(self.pieces, self.plan, keys, values, visible, row_prompt)
+            self.compressor = ImageCompressor(
+                self.pieces, self.plan, keys, values, visible, row_prompt, self.pool
+            )
         elif isinstance(self.plan, TextPlan):
-            positions = None if passed is None else passed.positions
-            if not bool(visible[:, -1].all()) or bool((visible[:, 1:] < visible[:, :-1]).any()):
-                # Padding between or after tokens: bring it to the left.
-                order = visible.int().argsort(dim=-1, stable=True)  # [B, T]
-                keys, values = (x.take_along_dim(order[:, None, :, None], 2) for x in (keys, values))
-                prompt = prompt.reordered(order)
-                positions = None if positions is None else positions.take_along_dim(order, 1)
-            self._dense_bytes = keys.nbytes + values.nbytes
-            padding = (~visible).sum(-1, dtype=torch.int32)
+            left = LeftPadded.of(keys, values, visible, prompt, None if passed is None else passed.positions)
+            self._dense_bytes = left.keys.nbytes + left.values.nbytes
             self.compressor = TextCompressor(
                 self.pieces,
                 self.plan,
-                keys,
-                values,
-                padding,
+                left.keys,
+                left.values,
+                left.padding,
                 row_prompt,
-                prompt.asked(tokens, padding),
+                left.prompt.asked(tokens, left.padding),
                 self.pool,
-                positions=positions,
+                positions=left.positions,
                 propagation=self.propagation if self._chooses else None,
             )
-
-    def _divide_bytes(self, pieces: Pieces, keys: Tensor, query_heads: int, longest: int) -> None:
-        size = self.place.shard.size  # bytes are given for all processes together
-        cost = storage_cost(
-            pieces,
-            layers=self.place.count,
-            rows=keys.shape[0],
-            heads=query_heads * size,
-            kv_heads=keys.shape[1] * size,
-            head_dim=keys.shape[-1],
-            itemsize=keys.element_size(),
-            condition=0 if self.grid is None else longest + self.grid.start,
-            allocations=2 if self.grid is None else 1,
-        )
-        self._set_plan(self._make_plan(pieces, cost))
 
     def share_pool(self, pool: ModelPool) -> None:
         """Meet the other layers of the cache in `pool`."""
         self.pool = pool
-        if isinstance(self.compressor, TextCompressor):
+        if self.compressor is not None:
             self.compressor.pool = pool
 
     def follow(self, propagation: Propagation | None) -> None:
@@ -445,38 +416,6 @@ class HeadKVLayer(CacheLayerMixin):
         elif self.compressor is not None:
             twin.compressor = deepcopy(self.compressor)
         return twin
-
-    def state(self) -> LayerState:
-        """The content of a text's layer."""
-        dense = {"keys": self.keys, "values": self.values}
-        held = state_of(self.compressor) if isinstance(self.compressor, TextCompressor) else LayerState({}, {})
-        tensors = {f"dense.{name}": tensor for name, tensor in dense.items() if tensor is not None}
-        if self.padding is not None:
-            tensors["padding"] = self.padding
-        budget = self.plan.budget if isinstance(self.plan, TextPlan) else None
-        numbers = {"seen": self.seen, "budget": budget, "compressor": held.numbers or None}
-        return LayerState({**tensors, **{f"held.{name}": tensor for name, tensor in held.tensors.items()}}, numbers)
-
-    def restore(self, state: LayerState) -> None:
-        """Take over the content that `state` holds.
-
-        Raises:
-            ValueError: if something is missing in it.
-        """
-        tensors, numbers = state.tensors, state.numbers
-        try:
-            self.seen, self.padding = numbers["seen"], tensors.get("padding")
-            self.keys, self.values = tensors.get("dense.keys"), tensors.get("dense.values")
-            held = {name.removeprefix("held."): t for name, t in tensors.items() if name.startswith("held.")}
-            some = tensors["dense.keys"] if "dense.keys" in tensors else held["keys"]
-            self.lazy_initialization(some, some)
-            if self.pieces is not None and numbers["budget"] is not None:
-                self._set_plan(self._text_plan(self.pieces, numbers["budget"]))
-            if numbers["compressor"] is not None and self.pieces is not None and isinstance(self.plan, TextPlan):
-                self.compressor = restored(self.pieces, self.plan, LayerState(held, numbers["compressor"]), self.pool)
-                self.follow(self.propagation)
-        except (KeyError, TypeError) as error:
-            raise ValueError(f"the saved cache lacks a part of a layer ({error}); read the document again") from error
 
     def _append_dense(self, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
         # Exactly what a stock layer does, also at the first call, so that results are the same bit for bit.

@@ -52,6 +52,35 @@ class Prompt:
         return Asked(self.query.transpose(1, 2), positions, self.scale, self.softcap, self.sinks)
 
 
+@dataclass(frozen=True)
+class LeftPadded:
+    """A prompt whose padding lies at the left.
+
+    Attributes:
+        keys, values: [B, G, T, D].
+        padding: [B] int32, padding columns of each row.
+        prompt: its queries.
+        positions: [B, T] int32, -1 for padding, where not all tokens came; None for all.
+    """
+
+    keys: Tensor
+    values: Tensor
+    padding: Tensor
+    prompt: Prompt
+    positions: Tensor | None
+
+    @classmethod
+    def of(cls, keys: Tensor, values: Tensor, visible: Tensor, prompt: Prompt, positions: Tensor | None) -> LeftPadded:
+        """Bring padding that lies between or after tokens to the left; `visible` is [B, T] bool, False for padding."""
+        padding = (~visible).sum(-1, dtype=torch.int32)
+        if not bool(visible[:, -1].all()) or bool((visible[:, 1:] < visible[:, :-1]).any()):
+            order = visible.int().argsort(dim=-1, stable=True)  # [B, T]
+            keys, values = (x.take_along_dim(order[:, None, :, None], 2) for x in (keys, values))
+            prompt = prompt.reordered(order)
+            positions = None if positions is None else positions.take_along_dim(order, 1)
+        return cls(keys, values, padding, prompt, positions)
+
+
 @dataclass
 class Reading:
     """A prompt that comes in chunks.

@@ -52,7 +52,9 @@ def save_cache(
         raise ValueError("a cache whose heads are divided among processes cannot be saved; fill it in one process")
     if not cache.get_seq_length():
         raise ValueError("the cache is empty; let the model read something into it first")
-    states = [layer.state() for layer in layers]
+    from .layer_state import layer_state
+
+    states = [layer_state(layer) for layer in layers]
     # Options in the header are JSON; pieces swapped for objects of one's own are not.
     compression = {**cache.compression.to_dict()}
     tensors = {f"{index}.{name}": value for index, state in enumerate(states) for name, value in state.tensors.items()}
@@ -90,7 +92,7 @@ def load_cache(path: str | os.PathLike[str], model: Any) -> HeadKVCache:
     from safetensors import SafetensorError, safe_open
 
     from .cache import HeadKVCache
-    from .layer_state import LayerState
+    from .layer_state import LayerState, restore_layer
 
     if not Path(path).is_file():
         raise FileNotFoundError(f"{os.fspath(path)}: no such file")
@@ -116,7 +118,7 @@ def load_cache(path: str | os.PathLike[str], model: Any) -> HeadKVCache:
         own = {
             name.removeprefix(prefix): value.to(device) for name, value in tensors.items() if name.startswith(prefix)
         }
-        layer.restore(LayerState(own, numbers))
+        restore_layer(layer, LayerState(own, numbers))
     cache.extra = header["extra"]
     return cache
 
