@@ -62,7 +62,7 @@ def head_map(report: Any, title: str | None = None) -> Figure:
     figure = new_figure(panels * (width + 1.4), height + 1.2)
     figure.suptitle(title or f"Head map of {report.method}", fontsize=12)
     axes = figure.subplots(1, panels, squeeze=False)[0]
-    _heat_map(figure, axes[0], held, "Entries held per KV head", "cividis", "{:.0f}", 0.0, float(held.max()))
+    heat_map(figure, axes[0], held, "Entries held per KV head", "cividis", "{:.0f}", 0.0, float(held.max()))
     if local is not None:
         _type_map(figure, axes[1], local)
     return figure
@@ -189,7 +189,7 @@ def quality_vs_bytes(
     return figure
 
 
-def _heat_map(
+def heat_map(
     figure: Figure, axes: Axes, values: npt.NDArray[Any], title: str, colours: str, form: str, low: float, high: float
 ) -> None:
     """A layer-by-head map with a bar, and numbers while they are readable."""
