@@ -29,6 +29,10 @@ from headkv_mm.head_tables import SHIPPED, load_head_table
 from headkv_mm.shapes import get_shape
 from headkv_mm.workload import memory_needed
 
+sys.path.insert(0, str(Path(__file__).resolve().parent))  # also when a test loads this file from elsewhere
+
+import method_tables
+
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
 BLOCK = re.compile(r"(<!-- results: ([a-z-]+) -->\n)(.*?)(<!-- end -->)", re.DOTALL)
@@ -365,6 +369,7 @@ MAKERS: dict[str, Callable[[], str]] = {
     "plan-glm-image": plan_glm_image,
     "plan-list": plan_list,
     "heads": heads,
+    "layer-errors": method_tables.layer_errors,
     "images": images,
     "text-cache": text_cache,
     "fastkv-prefill": fastkv_prefill,
