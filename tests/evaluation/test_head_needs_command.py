@@ -19,6 +19,7 @@ from headkv_mm.evaluation.heads.report import evaluate_heads
 from headkv_mm.evaluation.heads.settings import HeadSettings
 from headkv_mm.evaluation.heads.summary import results
 from headkv_mm.evaluation.heads.tables import markdown
+
 from .text_model import small_text_model, tokenizer
 
 IMAGES = HeadSettings(items=3, batch_size=2, budgets=(1 / 8, 40), resamples=100)
