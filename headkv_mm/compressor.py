@@ -9,8 +9,9 @@ from typing import Any
 from torch import Tensor
 
 from . import kernels
+from .model_pool import ModelPool
 from .observer import Observer
-from .pieces import Allocation, Observed
+from .pieces import Allocation, ModelAllocator, Observed
 from .plan import Plan
 from .ragged import RaggedKV
 from .registry import Pieces
@@ -23,6 +24,7 @@ class LayerCompressor:
         pieces: the method's.
         plan: budget and layout.
         kv_heads: G.
+        pool: where the layers of the cache meet if the allocator compares them.
     """
 
     store: RaggedKV
@@ -35,8 +37,9 @@ class LayerCompressor:
     row_seen: list[int]
     """`seen` on the host."""
 
-    def __init__(self, pieces: Pieces, plan: Plan, kv_heads: int) -> None:
+    def __init__(self, pieces: Pieces, plan: Plan, kv_heads: int, pool: ModelPool | None = None) -> None:
         self.pieces, self.plan, self.kv_heads = pieces, plan, kv_heads
+        self.pool = pool or ModelPool()
         self.decoded = 0
         """Decoded tokens by which the schedule counts."""
         self.allocation: Allocation | None = None
@@ -118,6 +121,34 @@ class LayerCompressor:
         Raises:
             ValueError: once entries were evicted, or for more tokens than can be taken back.
         """
+        raise NotImplementedError
+
+    @property
+    def over_layers(self) -> bool:
+        """Does the allocator compare all layers?"""
+        return isinstance(self.pieces.allocator, ModelAllocator) and self.pieces.allocator.over_layers
+
+    @property
+    def model_allocator(self) -> ModelAllocator:
+        """The allocator.
+
+        Raises:
+            TypeError: if it does not compare layers.
+        """
+        if not isinstance(self.pieces.allocator, ModelAllocator):
+            raise TypeError(f"{type(self.pieces.allocator).__name__} divides the budget of one layer only")
+        return self.pieces.allocator
+
+    def waiting(self) -> tuple[Observed, Tensor]:
+        """While the layer waits for the others: what it holds, and the scores of its entries [N].
+
+        Raises:
+            RuntimeError: if it does not wait.
+        """
+        raise NotImplementedError
+
+    def settle(self, allocation: Allocation) -> None:
+        """All layers have come: evict down to what was allocated to this one."""
         raise NotImplementedError
 
     @property

@@ -3,6 +3,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 from torch import Tensor
 
@@ -10,8 +12,9 @@ from . import kernels
 from .budgets import ImagePlan
 from .chunk import attend_chunk
 from .compressor import LayerCompressor
+from .model_pool import ModelPool
 from .observer import Observer
-from .pieces import Observed
+from .pieces import Allocation, Observed
 from .ragged import RaggedKV
 from .registry import Pieces
 
@@ -25,14 +28,23 @@ class ImageCompressor(LayerCompressor):
         keys, values: [B, G, T, D] of the prompt.
         visible: [B, T] bool, False for padding, which gets no entry.
         row_prompt: real prompt tokens of each row, on the host.
+        pool: where the layers of the cache meet if the allocator compares them.
     """
 
     plan: ImagePlan
 
     def __init__(
-        self, pieces: Pieces, plan: ImagePlan, keys: Tensor, values: Tensor, visible: Tensor, row_prompt: list[int]
+        self,
+        pieces: Pieces,
+        plan: ImagePlan,
+        keys: Tensor,
+        values: Tensor,
+        visible: Tensor,
+        row_prompt: list[int],
+        pool: ModelPool | None = None,
     ) -> None:
-        super().__init__(pieces, plan, keys.shape[1])
+        super().__init__(pieces, plan, keys.shape[1], pool)
+        self._waits: tuple[Observed, Tensor] | None = None  # for the other layers
         self.decoded = -plan.start  # image tokens so far; negative while tokens before the image are decoded
         self.in_prompt = True
         self.row_condition = [count + plan.start for count in row_prompt]
@@ -97,7 +109,8 @@ class ImageCompressor(LayerCompressor):
         if not self.in_prompt:
             self._add_chunk_mass(query, positions, scale)
             self._advance(query, scale, visible)
-        self.store = self.store.regroup(*self._capacity(), max_length=self.store.max_length)
+        if self._waits is None:
+            self.store = self.store.regroup(*self._capacity(), max_length=self.store.max_length)
         return output
 
     def crop(self, tokens: int) -> None:
@@ -163,7 +176,7 @@ class ImageCompressor(LayerCompressor):
             self._evict(scale)
 
     def _evict(self, scale: float) -> None:
-        store, room = self.store, self._room
+        store = self.store
         queries = self.observer.queries
         ages = None if queries is None else torch.arange(queries.shape[1], 0, -1, device=self.seen.device)
         observed = Observed(
@@ -182,15 +195,40 @@ class ImageCompressor(LayerCompressor):
             attention=store.mass,
         )
         scores = self.pieces.scorer.score_entries(observed)
-        grouping = self.allocation is None
-        allocation = self.allocation or observed.shard.own(
-            self.pieces.allocator.allocate(observed, scores), self.kv_heads
-        )
+        if self.allocation is not None:
+            self._evict_down(observed, self.allocation, scores, move=False)
+        elif self.over_layers:
+            self._waits = replace(observed, noted=self.model_allocator.note(observed, scores)), scores
+            self.pool.wait(self)
+        else:
+            self._group(observed, self.pieces.allocator.allocate(observed, scores), scores)
+
+    def waiting(self) -> tuple[Observed, Tensor]:
+        """See `LayerCompressor.waiting`."""
+        if self._waits is None:
+            raise RuntimeError("this layer has decided already")
+        return self._waits
+
+    def settle(self, allocation: Allocation) -> None:
+        """See `LayerCompressor.settle`."""
+        observed, scores = self.waiting()
+        self._waits = None
+        self._group(observed, allocation, scores)
+
+    def _group(self, observed: Observed, allocation: Allocation, scores: Tensor) -> None:
+        """The heads' budgets are known: make regions of their sizes, and evict for the first time."""
+        room = self._room
+        allocation = observed.shard.own(allocation, self.kv_heads)
+        uneven = allocation.local is not None or allocation.largest != self.plan.budget
         self.allocation = allocation
+        move = uneven or self.over_layers or room != self.plan.budget + self.plan.row
+        self._evict_down(observed, allocation, scores, move=move)
+
+    def _evict_down(self, observed: Observed, allocation: Allocation, scores: Tensor, *, move: bool) -> None:
+        store = self.store
         victims = self._victims(observed, allocation, scores)
         bound = max(self.row_condition) + allocation.largest
-        uneven = allocation.local is not None or allocation.largest != self.plan.budget
-        if grouping and (uneven or room != self.plan.budget + self.plan.row):
+        if move:
             self.store = store.regroup(*self._capacity(), max_length=bound, keep=~victims)
         else:
             store.evict(victims)

@@ -6,20 +6,20 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from .text_compressor import TextCompressor
+    from .compressor import LayerCompressor
 
 
 class ModelPool:
     """Layers whose rows are to be divided wait here, in the order of the model, until the last one comes.
 
-    Each has dropped what it will not need (see `ModelAllocator.preselect`), so that what waits is a few budgets, never
-    the prompt. Nothing waits between two forwards.
+    A text's layers have dropped what they will not need (see `ModelAllocator.preselect`), so that what waits is a few
+    budgets, never the prompt; an image's hold the few rows written so far. Nothing waits between two forwards.
     """
 
     def __init__(self) -> None:
-        self._waiting: list[TextCompressor] = []
+        self._waiting: list[LayerCompressor] = []
 
-    def wait(self, layer: TextCompressor) -> None:
+    def wait(self, layer: LayerCompressor) -> None:
         """Take one layer; with the last one, divide the budget among all and let them evict the rest.
 
         Raises:

@@ -43,6 +43,7 @@ class Observed:
             that accumulate), summed over queries and group; None at the end of a prompt.
         softcap: of the attention's logits, 0 for none.
         sinks: [H], learned logits in the softmax's denominator, or None.
+        noted: what a `ModelAllocator` noted of the layer, when it divides; else None.
     """
 
     store: RaggedKV
@@ -59,6 +60,7 @@ class Observed:
     attention: Tensor | None = None
     softcap: float = 0.0
     sinks: Tensor | None = None
+    noted: Tensor | None = None
 
     @property
     def shard(self) -> HeadShard:
@@ -98,6 +100,7 @@ class Allocation:
         local: [B, G] bool, True where a head was found to be local; None if the method has no head types.
         row_before: entries of each row that the layers before this one keep, on the host; None where every layer keeps
             exactly its budget.
+        alike: all heads of the layer keep the same entries, and shall go on doing so.
     """
 
     targets: Tensor
@@ -106,6 +109,7 @@ class Allocation:
     largest: int
     local: Tensor | None = None
     row_before: list[int] | None = None
+    alike: bool = False
 
 
 class Scorer:
@@ -159,19 +163,26 @@ class Allocator(Protocol):
 
 @runtime_checkable
 class ModelAllocator(Allocator, Protocol):
-    """An allocator that may compare the entries of all layers of a text's cache before it decides."""
+    """An allocator that may compare all layers of a cache before it decides."""
 
     @property
     def over_layers(self) -> bool:
         """True if it does; its `allocate` is then not asked."""
         ...
 
+    def note(self, observed: Observed, scores: Tensor) -> Tensor | None:
+        """What `divide` must know of a layer beside its entries' scores: [B, G, ...] of all heads, or None."""
+        ...
+
     def preselect(self, observed: Observed, scores: Tensor) -> Allocation:
-        """What a layer must keep until the others have come. It has to hold whatever `divide` may give it."""
+        """What a text's layer must keep until the others have come. It has to hold whatever `divide` may give it."""
         ...
 
     def divide(self, layers: Sequence[tuple[Observed, Tensor]]) -> list[Allocation]:
-        """Divide one budget, given every layer's preselected entries and their scores [N], in the model's order."""
+        """Divide one budget, in the model's order, given what every layer holds, its scores [N] and what was noted.
+
+        A text's layers hold what was preselected, and an image's everything.
+        """
         ...
 
 

@@ -65,7 +65,8 @@ class Pieces:
     def with_options(self, options: Mapping[str, Any], kind: str) -> Pieces:
         """The pieces with every option set that they have, or swapped whole (`scorer=...`); others are ignored.
 
-        A piece may be given by the name of a method, which has it for this kind: `scorer="keydiff"`.
+        A piece may be given by the name of a method, which has it for this kind: `scorer="keydiff"`; or by its own:
+        `allocator="MassCurves"`.
         """
         changed: dict[str, Any] = {
             name: _piece_of(piece, name, kind) if isinstance(piece, str) else piece
@@ -165,11 +166,24 @@ class Method:
 
 
 def _piece_of(method: str, name: str, kind: str) -> Any:
-    """A piece of a registered method.
+    """A piece of a registered method, or a piece by its own name as it is without options.
 
     Raises:
-        ValueError: if there is no such method, or it does not serve that kind.
+        ValueError: if there is neither, or the method does not serve that kind.
     """
+    if method not in _METHODS:
+        from . import allocators, schedules, scorers, selectors
+
+        home = {"scorer": scorers, "allocator": allocators, "selector": selectors, "schedule": schedules}[name]
+        own = [
+            key for key, value in vars(home).items() if dataclasses.is_dataclass(value) and value.__module__ != __name__
+        ]
+        if method in own:
+            return getattr(home, method)()
+        raise ValueError(
+            f"{name}={method!r} is neither a method nor a piece; methods: {', '.join(methods(kind))}; "
+            f"pieces: {', '.join(sorted(own))}"
+        )
     pieces = get_method(method).pieces(kind)
     if pieces is None:
         raise ValueError(f"method {method!r} has no {name}: it is the stock cache")

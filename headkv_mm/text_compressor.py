@@ -17,7 +17,7 @@ from .compressor import LayerCompressor, tensor_fields
 from .decided import Decided
 from .model_pool import ModelPool
 from .passed import Passed
-from .pieces import Allocation, ModelAllocator, Observed
+from .pieces import Allocation, Observed
 from .propagation import Propagation
 from .ragged import RaggedKV
 from .registry import Pieces
@@ -59,10 +59,10 @@ class TextCompressor(LayerCompressor):
         positions: Tensor | None = None,
         propagation: Propagation | None = None,
     ) -> None:
-        super().__init__(pieces, plan, keys.shape[1])
-        self.pool = pool or ModelPool()
+        super().__init__(pieces, plan, keys.shape[1], pool)
         self.propagation = propagation
         self.fresh: list[int] = []  # rows that wait for the other layers
+        self.noted: Tensor | None = None  # what the allocator noted of them
         self.evicts = True
         """False in copies that only grow."""
         self.row_seen = list(row_prompt)
@@ -289,6 +289,7 @@ class TextCompressor(LayerCompressor):
         fresh = [row for row, late in enumerate(over) if late and self.decided[row] is None]
         if fresh:
             if self.over_layers:
+                self.noted = self.model_allocator.note(observed, scores)
                 allocation = self.model_allocator.preselect(observed, scores)
                 store.mass, self.fresh = scores, fresh  # scores go along with the entries
             else:
@@ -322,28 +323,8 @@ class TextCompressor(LayerCompressor):
             sinks=asked.sinks,
         )
 
-    @property
-    def over_layers(self) -> bool:
-        """Does the allocator compare the entries of all layers?"""
-        return isinstance(self.pieces.allocator, ModelAllocator) and self.pieces.allocator.over_layers
-
-    @property
-    def model_allocator(self) -> ModelAllocator:
-        """The allocator.
-
-        Raises:
-            TypeError: if it does not compare layers.
-        """
-        if not isinstance(self.pieces.allocator, ModelAllocator):
-            raise TypeError(f"{type(self.pieces.allocator).__name__} divides the budget of one layer only")
-        return self.pieces.allocator
-
     def waiting(self) -> tuple[Observed, Tensor]:
-        """While the layer waits for the others: what it holds, and the scores of its entries [N].
-
-        Raises:
-            RuntimeError: if it does not wait.
-        """
+        """See `LayerCompressor.waiting`."""
         if not self.fresh or self.store.mass is None:
             raise RuntimeError("this layer has decided already")
         budgets = [entries - first for entries, first in zip(self.row_entries, self.row_condition, strict=True)]
@@ -355,15 +336,16 @@ class TextCompressor(LayerCompressor):
             scale=1.0,
             row_budgets=budgets,
             row_seen=self.row_seen,
+            noted=self.noted,
         )
         return observed, self.store.mass
 
     def settle(self, allocation: Allocation) -> None:
-        """All layers have come: evict down to what was allocated to this one."""
+        """See `LayerCompressor.settle`."""
         observed, scores = self.waiting()
         for row in self.fresh:
             self.decided[row] = self._decided(allocation, row, observed.row_budgets[row])
-        self.fresh = []
+        self.fresh, self.noted = [], None
         self.allocation = self._joined(list(observed.row_budgets))
         self._make_room(self._victims(observed, self.allocation, scores), room=0 if self.tight else self.plan.step)
         if not self.wants_mass:

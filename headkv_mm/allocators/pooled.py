@@ -30,8 +30,8 @@ class Pooled:
 
     With `scope="model"` the heads of all layers compete for one pool, and all layers together hold exactly the budget.
     Until the last layer has come, every layer keeps its G b `candidates` best (and every head at least b), so the
-    outcome is that of all entries as long as no layer wins more than `candidates` times the mean. Of an image, whose
-    budget is decided layer by layer, the scope is always the layer.
+    outcome is that of all entries as long as no layer wins more than `candidates` times the mean. An image's layers
+    hold everything until then.
 
     While an image is written the budget is decided before all of its tokens are there; then the same share of what is
     there is counted as will be kept of the whole image.
@@ -70,19 +70,15 @@ class Pooled:
 
     def allocate(self, observed: Observed, scores: Tensor) -> Allocation:
         """Count the best of every row and divide its budget."""
-        plan, heads, budgets = observed.plan, observed.heads, observed.row_budgets
-        windows = plan.windows_of(budgets, tokens=self.window, rows=self.window_rows)
-        room = [
-            max(plan.limit(seen) - window, budget - window, 1)
-            for budget, window, seen in zip(budgets, windows, observed.row_seen, strict=True)
-        ]
+        budgets = observed.row_budgets
+        windows = observed.plan.windows_of(budgets, tokens=self.window, rows=self.window_rows)
         window, free = observed.per_row(windows), observed.per_row(budgets) - observed.per_row(windows)  # [B, 1]
         candidates, values = candidates_of(observed, scores, window)  # [B, G, M]
-        there = candidates.sum((1, 2))[:, None] // heads  # [B, 1], candidates per head
-        # In a text `there` is all the room wherever something has to leave, so this is exactly b.
-        limit = observed.per_row(room).long()
-        counted = ((there * free + limit // 2) // limit).clamp(min=1)
-        return allocation_of(window + self._shares(values, candidates, counted, free), window)
+        shares = self._shares(values, candidates, counted_of(observed, windows), free)
+        return allocation_of(window + shares, window)
+
+    def note(self, observed: Observed, scores: Tensor) -> None:
+        """Nothing: the entries' scores say it all."""
 
     def preselect(self, observed: Observed, scores: Tensor) -> Allocation:
         """The layer's best, a few budgets of them, and in every head its own best up to the mean."""
@@ -105,7 +101,7 @@ class Pooled:
             torch.cat([pad(part[index].to(device), (longest - part[index].shape[-1], 0)) for part in parts], dim=1)
             for index in (0, 1)
         )
-        targets = window + self._shares(values, candidates, free, free)  # [B, L * G]
+        targets = window + self._shares(values, candidates, counted_of(first, windows), free)  # [B, L * G]
         totals = targets.unflatten(1, (-1, heads)).sum(-1)  # [B, L]
         before = (totals.cumsum(-1) - totals).T.tolist()
         return [
@@ -135,6 +131,23 @@ def allocation_of(targets: Tensor, windows: Tensor, before: list[int] | None = N
         largest=int(targets.max()),
         row_before=before,
     )
+
+
+def counted_of(observed: Observed, windows: Sequence[int]) -> Tensor:
+    """Entries per head that count when heads compete, [B, 1] int64.
+
+    Outside the window (`windows`, by row) the share of what has been seen that will be kept of everything. A text has
+    been seen whole, so there it is what a head keeps; an image is still being written.
+    """
+    budgets, plan = observed.row_budgets, observed.plan
+    room = [
+        max(plan.limit(seen) - window, budget - window, 1)
+        for budget, window, seen in zip(budgets, windows, observed.row_seen, strict=True)
+    ]
+    limit, window = observed.per_row(room).long(), observed.per_row(windows)
+    there = (observed.seen - observed.condition)[:, None].minimum(limit + window) - window
+    free = observed.per_row(budgets) - window
+    return ((there.clamp(min=0) * free + limit // 2) // limit).clamp(min=1)
 
 
 def candidates_of(observed: Observed, scores: Tensor, window: Tensor) -> tuple[Tensor, Tensor]:

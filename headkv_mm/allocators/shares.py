@@ -45,6 +45,8 @@ def apportioned(weights: Tensor, total: Tensor, limit: Tensor) -> Tensor:
         [..., K] int32 whose sums are exactly `total`.
     """
     weights = weights.double().clamp(min=0)
+    # Weights next to the smallest number lose their proportions in what follows; a power of two changes no others.
+    weights = torch.where(weights.amax(-1, keepdim=True) < 2.0**-400, weights * 2.0**600, weights)
     weights = torch.where(weights.sum(-1, keepdim=True) > 0, weights, 1.0)
     # A head without any weight takes what no other can take.
     weights = weights + weights.sum(-1, keepdim=True) * 1e-12

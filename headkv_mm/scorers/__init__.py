@@ -6,6 +6,7 @@ from .chance import Random
 from .expected import ExpectedAttention
 from .keys import KeyDifference, KeyNorm
 from .output_norm import OutputNorm
+from .query_logits import QueryLogits
 from .recent import Recency, RecentQueries
 from .redundancy import Redundancy
 from .retrieval import RetrievalHeads
@@ -18,6 +19,7 @@ __all__ = [
     "KeyNorm",
     "LastQuery",
     "OutputNorm",
+    "QueryLogits",
     "Random",
     "Recency",
     "RecentQueries",

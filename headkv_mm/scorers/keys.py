@@ -41,14 +41,22 @@ class KeyDifference(Scorer):
         """Scores [N] float32."""
         store = observed.store
         slots, filled = region_slots(store)  # [B, G, M]
-        # In float64, so that a row's sum does not depend on how far its batch is padded.
-        total = torch.zeros(*store.start.shape, store.keys.shape[-1], dtype=torch.float64, device=slots.device)
-        for block in blocks(slots.shape[-1], _BLOCK):
-            unit = normalize(entries(store.keys, slots[..., block], filled[..., block], torch.float32), dim=-1)
-            total += unit.sum(2, dtype=torch.float64)  # [B, G, D]
+        total = unit_key_sum(observed)
         anchor = normalize(total, dim=-1).float()[:, :, None]  # the mean and the sum point the same way
         likeness = torch.zeros(slots.shape, device=slots.device)
         for block in blocks(slots.shape[-1], _BLOCK):
             unit = normalize(entries(store.keys, slots[..., block], filled[..., block], torch.float32), dim=-1)
             likeness[..., block] = (unit * anchor).sum(-1)
         return to_slots(-likeness, slots, filled, store)
+
+
+def unit_key_sum(observed: Observed) -> Tensor:
+    """The sum of k / |k| over the entries that each head holds, [B, G, D] float64."""
+    store = observed.store
+    slots, filled = region_slots(store)  # [B, G, M]
+    # In float64, so that a row's sum does not depend on how far its batch is padded.
+    total = torch.zeros(*store.start.shape, store.keys.shape[-1], dtype=torch.float64, device=slots.device)
+    for block in blocks(slots.shape[-1], _BLOCK):
+        unit = normalize(entries(store.keys, slots[..., block], filled[..., block], torch.float32), dim=-1)
+        total += unit.sum(2, dtype=torch.float64)
+    return total

@@ -1,0 +1,149 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What allocators have in common that let heads compete by what the last queries attend to."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from ..budgets import ImagePlan
+from ..pieces import Allocation, Observed
+from ..plan import Plan
+from .pooled import allocation_of, counted_of
+from .shares import apportioned
+from .uniform import check_windows
+
+
+@dataclass(frozen=True)
+class Pool:
+    """What the heads of a row divide, beside the window that each of them has; everything [B, 1] int64.
+
+    Attributes:
+        free: entries per head on the average.
+        least, most: what no head falls below, and what none exceeds.
+        counted: how many of the entries that are there now stand for `free`, see `counted_of`.
+    """
+
+    free: Tensor
+    least: Tensor
+    most: Tensor
+    counted: Tensor
+
+    def divided(self, weights: Tensor) -> Tensor:
+        """Shares of K heads in proportion to weights [B, K] above the least, rows sum to exactly K times `free`."""
+        total = weights.shape[1] * (self.free - self.least)
+        limit = (self.most - self.least).expand(weights.shape)
+        shares: Tensor = self.least + apportioned(weights, total, limit)
+        return shares
+
+
+@dataclass(frozen=True)
+class Competition:
+    """Heads of a layer, or of the whole model, divide one pool: all of them together keep exactly the uniform budget.
+
+    Each has its window, `floor` of what it would have with equal budgets, and of the rest what a subclass gives it. A
+    subclass looks at every layer when that layer decides (`look`) and divides when all have come (`weigh`).
+
+    Attributes:
+        floor: share of an equal budget that every head keeps whatever it attends to; 1 is the uniform budget.
+        most: the most that a head can get, in equal budgets. Of a text that is what a layer holds until the last one
+            has come.
+        window: newest tokens of a text that are protected, at most half of the budget.
+        window_rows: newest rows of an image that are protected.
+        scope: "layer" or "model", who competes.
+        grouping_queries: newest queries over which attention is averaged; None: one row of an image, the window of a
+            text.
+    """
+
+    floor: float = 0.2
+    most: float = 4.0
+    window: int = 32
+    window_rows: float = 1.0
+    scope: Literal["layer", "model"] = "layer"
+    grouping_queries: int | None = None
+
+    def __post_init__(self) -> None:
+        if not 0.0 <= self.floor <= 1.0:
+            raise ValueError(f"floor must be a share in [0, 1], got {self.floor}")
+        if self.most < 1.0:
+            raise ValueError(f"most must be at least one budget, got {self.most}")
+        check_windows(self.window, self.window_rows)
+        if self.scope not in ("layer", "model"):
+            raise ValueError(f"scope must be 'layer' or 'model', got {self.scope!r}")
+        if self.grouping_queries is not None and self.grouping_queries < 1:
+            raise ValueError(f"grouping_queries must be at least 1 or None, got {self.grouping_queries}")
+
+    @property
+    def over_layers(self) -> bool:
+        """True for scope "model"."""
+        return self.scope == "model"
+
+    def queries_needed(self, plan: Plan) -> int:
+        """One row of queries, or a text's window, unless said otherwise."""
+        if self.grouping_queries is not None:
+            return self.grouping_queries
+        return plan.step if isinstance(plan, ImagePlan) else self.window
+
+    def look(self, observed: Observed, pool: Pool) -> Tensor:
+        """What counts of a layer, [B, all heads, ...]."""
+        raise NotImplementedError
+
+    def weigh(self, noted: Tensor, pool: Pool) -> Tensor:
+        """Weights [B, K] by which K heads divide what is above the least, from what `look` gave of them."""
+        raise NotImplementedError
+
+    def allocate(self, observed: Observed, scores: Tensor) -> Allocation:
+        """Divide the budget of one layer."""
+        return self.divide([(replace(observed, noted=self.note(observed, scores)), scores)])[0]
+
+    def note(self, observed: Observed, scores: Tensor) -> Tensor:
+        """What counts of a layer, [B, all heads, ...]."""
+        return self.look(observed, self._pool(observed))
+
+    def preselect(self, observed: Observed, scores: Tensor) -> Allocation:
+        """The most that a head can get."""
+        window, pool = observed.per_row(self.windows(observed)), self._pool(observed)
+        return allocation_of((window + pool.most).expand(-1, observed.heads), window)
+
+    def divide(self, layers: Sequence[tuple[Observed, Tensor]]) -> list[Allocation]:
+        """Divide one budget among all heads of these layers.
+
+        Raises:
+            RuntimeError: if nothing was noted of a layer.
+        """
+        first = layers[0][0]
+        heads, device = first.heads, first.seen.device
+        parts = [observed.noted for observed, _ in layers if observed.noted is not None]
+        if len(parts) < len(layers):
+            raise RuntimeError("nothing was noted of a layer that is to be divided")
+        pool = self._pool(first)
+        shares = pool.divided(self.weigh(torch.cat([part.to(device) for part in parts], dim=1), pool))  # [B, L * G]
+        targets = first.per_row(self.windows(first)) + shares
+        totals = targets.unflatten(1, (-1, heads)).sum(-1)  # [B, L]
+        before = (totals.cumsum(-1) - totals).T.tolist()
+        return [
+            allocation_of(part.to(observed.seen.device), observed.per_row(self.windows(observed)), row_before)
+            for (observed, _), part, row_before in zip(layers, targets.split(heads, dim=1), before, strict=True)
+        ]
+
+    def windows(self, observed: Observed) -> list[int]:
+        """Protected newest entries, by row."""
+        return observed.plan.windows_of(observed.row_budgets, tokens=self.window, rows=self.window_rows)
+
+    def _pool(self, observed: Observed) -> Pool:
+        windows, plan = self.windows(observed), observed.plan
+        free = [budget - window for budget, window in zip(observed.row_budgets, windows, strict=True)]
+        most = [
+            min(int(self.most * own), max(plan.limit(seen) - window, own))
+            for own, window, seen in zip(free, windows, observed.row_seen, strict=True)
+        ]
+        return Pool(
+            free=observed.per_row(free).long(),
+            least=observed.per_row([int(self.floor * own) for own in free]).long(),
+            most=observed.per_row(most).long(),
+            counted=counted_of(observed, windows),
+        )
