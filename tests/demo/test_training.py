@@ -14,6 +14,7 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForMultimodalLM, AutoTokenizer
 
+from headkv_mm.demo import image_export
 from headkv_mm.demo.captions import scene_from_caption
 from headkv_mm.demo.checkpoint import load_checkpoint, save_checkpoint
 from headkv_mm.demo.image_export import check_output, export_model
@@ -219,6 +220,9 @@ def test_the_script_trains_resumes_and_exports(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     script, folder = _script(), tmp_path / "model"
+    # Each setting is a whole image, and the threads of the process are those of the other tests.
+    monkeypatch.setattr(image_export, "CANDIDATES", image_export.CANDIDATES[:2])
+    monkeypatch.setattr(torch, "set_num_threads", lambda count: None)
     command = ["train", "--output", str(folder), "--processes", "1", "--batch-size", "4", "--evaluation-captions", "2"]
     command += ["--forgetful-images", "4"]
     monkeypatch.setattr(sys, "argv", [*command, "--images", "8", "--peek-images", "1000"])
