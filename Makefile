@@ -8,6 +8,8 @@ OLDER := $(TRANSFORMERS:%=-transformers-%)
 VENV ?= .venv$(OLDER)
 CONSTRAINTS := $(OLDER:%=constraints%.txt) constraints.txt
 PYTEST_ARGS ?=
+# Processes that run the tests, of one thread each: `make test JOBS=8`.
+JOBS ?= 2
 
 BIN := $(abspath $(VENV))/bin
 READY := $(VENV)/.headkv-mm-ready
@@ -40,7 +42,7 @@ demo: $(READY) ## draw a scene and ask a document, with the full cache and compr
 	@"$(BIN)/headkv-mm" ask --compare --maps --output output/demo-document
 
 test: $(READY) ## run the tests; nothing is downloaded (TRANSFORMERS=5.5 or 5.17: with that version)
-	@HF_HUB_OFFLINE=1 "$(BIN)/pytest" $(PYTEST_ARGS)
+	@HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 "$(BIN)/pytest" --numprocesses $(JOBS) --dist loadfile $(PYTEST_ARGS)
 
 lint: $(READY) ## ruff: rules and format
 	@"$(BIN)/ruff" check .
