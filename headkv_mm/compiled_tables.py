@@ -28,9 +28,7 @@ SHIPPED_NAME = "compiled_tables.json"
 """The embedded model's tables lie beside its weights under this name."""
 IDENTITY = "identity"
 """In place of a file: every head counts the same, and nothing is left out."""
-FORMAT = TableFormat(
-    "file of compiled tables", 1, "make one with `headkv-mm calibrate tables MODEL --output FILE.json`"
-)
+FORMAT = TableFormat("compiled table", 1, "make one with `headkv-mm calibrate tables MODEL --output FILE.json`")
 _LISTS = ("head_weights", "head_support", "gate", "gate_support", "validation", "log")
 
 Counts = tuple[Any, ...]

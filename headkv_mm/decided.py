@@ -59,6 +59,8 @@ class Decided:
         before = 0 if old.row_before is None else old.row_before[0]
         now_before = before * budget // self.budget
         total = (before + old.row_totals[0]) * budget // self.budget - now_before
+        if old.alike:
+            total -= total % old.targets.shape[-1]
         targets = scaled(old.targets, total)
         windows = torch.where(old.windows == old.targets, targets, old.windows.minimum(targets))
         return replace(
@@ -83,6 +85,7 @@ class Decided:
             "row_totals": kept.row_totals,
             "largest": kept.largest,
             "row_before": kept.row_before,
+            "alike": kept.alike,
             "budget": self.budget,
         }
 
@@ -101,6 +104,7 @@ class Decided:
                 largest=numbers["largest"],
                 local=tensors.get("local"),
                 row_before=numbers["row_before"],
+                alike=numbers.get("alike", False),
             ),
             numbers["budget"],
         )

@@ -93,7 +93,9 @@ class RiskGate:
         window, budget = observed.per_row(windows), observed.per_row(observed.row_budgets)  # [B, 1]
         candidates, values = candidates_of(observed, scores, window)  # [B, G, M]
         passing = (candidates & (values >= self._thresholds(observed)[:, None, None])).sum(-1)  # [B, G]
-        return allocation_of(window + passing.minimum(budget - window), window)
+        # With scores that differ by head all keep as many as the one that has most to keep.
+        kept = window + passing.amax(-1, keepdim=True).minimum(budget - window)  # [B, 1]
+        return replace(allocation_of(kept.expand(-1, observed.heads).contiguous(), window), alike=True)
 
     def _thresholds(self, observed: Observed) -> Tensor:
         """The threshold of every row, [B] float32."""

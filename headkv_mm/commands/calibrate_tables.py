@@ -78,9 +78,9 @@ def _show(tables: CompiledTables) -> None:
     print(f"\nthresholds: {changed} of {len(cells)} cells; the others let everything through\n")
     if tables.validation:
         print("budget  full cache  identity  these tables  entries held")
-    for row in tables.validation:
+    for means in tables.validation:
         print(
-            f"{row['budget']:>6.4g}  {row['full']:>10.4f}  {row['identity']:>8.4f}  {row['compiled']:>12.4f}  "
-            f"{row['held']:>11.1%}"
+            f"{means['budget']:>6.4g}  {means['full']:>10.4f}  {means['identity']:>8.4f}  {means['compiled']:>12.4f}  "
+            f"{means['held']:>11.1%}"
         )
     print(f"\nmean losses in nats on texts kept apart; {tables.texts} texts were read to compile")

@@ -70,9 +70,12 @@ class ValueWeighted(Scorer):
     def score_entries(self, observed: Observed) -> Tensor:
         """Scores [N] float32."""
         store = observed.store
-        attention = mean_over_heads(window_attention(observed, *observed.last_queries(self.window)), observed)
+        queries, positions = observed.last_queries(self.window)
+        attention = mean_over_heads(window_attention(observed, queries, positions), observed)
+        # That is a mean over all columns; a threshold must not depend on how many of them are padding.
+        columns = positions.shape[1] / (positions >= 0).sum(-1).clamp(min=1)  # [B]
         slots, filled = store.slots_in_order()  # [B, G, M]
-        alpha = attention[slots] * store.length[..., None]
+        alpha = attention[slots] * store.length[..., None] * columns[:, None, None]
         sizes = torch.where(filled, norms(store.values)[slots], 0.0)
         mean = sizes.sum(-1, keepdim=True) / store.length[..., None].clamp(min=1)
         utility = alpha * sizes / mean.clamp(min=torch.finfo(torch.float32).tiny)

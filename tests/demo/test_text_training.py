@@ -212,7 +212,9 @@ def test_export(tmp_path: Path) -> None:
     folder = tmp_path / "model"
     model = build_untrained_text_model(1)
     export_text_model(model, folder, RESULTS, TRAINING)
+    (folder / "compiled_tables.json").write_text("{}")  # what was measured on the old weights
     export_text_model(model, folder, RESULTS, TRAINING)  # replaces the first
+    assert not (folder / "compiled_tables.json").exists()
     assert [item.name for item in tmp_path.iterdir()] == ["model"]
     weights = load_file(folder / "model.safetensors")
     assert "lm_head.weight" not in weights
