@@ -22,6 +22,7 @@ from headkv_mm.evaluation.heads.allocations import (
 )
 from headkv_mm.evaluation.heads.attending import RecordedRow, recorded_calls
 from headkv_mm.evaluation.heads.needs import entries_needed, future_gains, image_stretches, resampled
+from headkv_mm.evaluation.heads.rankings import LAST_ROW, scores_before, value_sizes
 from headkv_mm.evaluation.heads.ranks import spearman, spearman_within
 from headkv_mm.evaluation.heads.statistics import Seen, backward_tokens, best_entries, early_need, statistics
 from headkv_mm.evaluation.prompts import encode
@@ -67,7 +68,8 @@ def test_the_oracle_is_that_of_plain_loops(recorded: Any) -> None:
         first = layer.first
         stretches = image_stretches(first, ROW, 16, 13)
         assert stretches == [(first + row * ROW, first + (row + 1) * ROW) for row in (13, 14, 15)]
-        future = future_gains(layer, stretches, ROW)
+        scores = [{LAST_ROW: layer.mass(begin - ROW, begin)[:, first:]} for begin, _ in stretches]
+        future = future_gains(layer, stretches, scores)
         end = first + 256
         for head in range(GROUPS):
             for keep in (0, 1, 7, 60, 240):
@@ -80,7 +82,7 @@ def test_the_oracle_is_that_of_plain_loops(recorded: Any) -> None:
                     by_best += sum(sorted(later, reverse=True)[:keep]) / len(stretches)
                     by_past += sum(later[entry] for entry in ranking) / len(stretches)
                 assert float(future.best[head, :keep].sum()) == pytest.approx(by_best, abs=2e-5)
-                assert float(future.ranked[head, :keep].sum()) == pytest.approx(by_past, abs=2e-5)
+                assert float(future.ranked[LAST_ROW][head, :keep].sum()) == pytest.approx(by_past, abs=2e-5)
         assert bool((future.best.diff(dim=-1) <= 0).all())
 
 
@@ -88,7 +90,7 @@ def test_statistics_are_those_of_plain_loops(model: Any, recorded: Any) -> None:
     layers, maps, grams = recorded
     for layer, attention, gram, block in zip(layers, maps, grams, model.model.language_model.layers, strict=True):
         first, end = layer.first, layer.first + 4 * ROW
-        seen = Seen.at(layer, end=end, row=ROW, gram=gram)
+        seen = Seen.at(layer, end=end, row=ROW, sizes=value_sizes(layer, gram))
         found = statistics(seen)
         weight = block.self_attn.o_proj.weight.T.unflatten(0, (GROUPS * GROUP, -1))  # [H, D, hidden]
         for head in range(GROUPS):
@@ -230,3 +232,39 @@ def test_rank_correlation() -> None:
     needs = torch.stack([right, right, torch.ones(4)])
     assert spearman_within(left, needs) == pytest.approx(0)
     assert spearman_within(left[2:], needs[2:]) is None
+
+
+def test_rankings_are_those_of_plain_loops(recorded: Any) -> None:
+    layers, maps, grams = recorded
+    layer, attention, sizes = layers[1], maps[1].double(), value_sizes(layers[1], grams[1])
+    first = layer.first
+    stretches = image_stretches(first, ROW, 16, 14)
+    every = list(scores_before(layer, stretches, ROW, sizes))
+    for (begin, _), scores in zip(stretches, every, strict=True):
+        for head in range(GROUPS):
+            members = [head * GROUP + member for member in range(GROUP)]
+            unit = [key / key.norm() for key in layer.keys[head, first:begin]]
+            anchor = torch.stack(unit).mean(0)
+            anchor = anchor / anchor.norm()
+            for entry in (first, first + 100, begin - 3):
+                one = {name: float(values[head, entry - first]) for name, values in scores.items()}
+                last = attention[members, begin - ROW : begin, entry]
+                assert one[LAST_ROW] == pytest.approx(float(last.mean()), abs=1e-5)
+                two = attention[members, begin - 2 * ROW : begin, entry]
+                assert one["attention of the last two rows"] == pytest.approx(float(two.mean()), abs=1e-5)
+                added = attention[members, first:begin, entry]
+                assert one["all attention so far"] == pytest.approx(float(added.mean(0).sum()), abs=1e-4)
+                valued = sum(float(last[place].mean() * sizes[head, place, entry]) for place in range(GROUP)) / GROUP
+                name = "attention of the last row times size of the projected value"
+                assert one[name] == pytest.approx(valued, rel=1e-3, abs=1e-5)
+                logits = {
+                    (member, query): float(layer.query[head, member, query] @ layer.keys[head, entry])
+                    for member in range(GROUP)
+                    for query in range(begin - ROW, begin)
+                }
+                mean = sum(logits.values()) / len(logits)
+                assert one["mean logit of the last row"] == pytest.approx(mean, rel=1e-3, abs=1e-4)
+                most = max(logit for (_, query), logit in logits.items() if query >= entry) * layer.scale
+                assert one["largest logit of the last row"] == pytest.approx(most, rel=1e-3, abs=1e-4)
+                assert one["keys unlike the others"] == pytest.approx(-float(unit[entry - first] @ anchor), abs=1e-5)
+                assert one["newest"] == entry - first

@@ -62,8 +62,13 @@ def test_the_oracle_has_no_regret_and_nothing_has_less(finished: tuple[Path, dic
             assert regrets["oracle curves"]["low"] == regrets["oracle curves"]["high"] == 0
             assert min(one["low"] for one in regrets.values()) >= -1e-12
             assert uniform["budgets"][budget][scope]["over_uniform"]["mean"] == 0
-            assert uniform["budgets"][budget][scope]["lost_by_ranking"]["mean"] > 0
             assert shuffled["budgets"][budget][scope]["regret"]["mean"] > regrets["oracle needs"]["mean"]
+
+
+def test_no_ranking_beats_the_best_entries(finished: tuple[Path, dict[str, Any]]) -> None:
+    _, content = finished
+    assert content["rankings"][0]["name"] == "attention of the last row"
+    assert all(one["lost"][budget]["low"] > 0 for one in content["rankings"] for budget in ("1/8", "40"))
 
 
 def test_finished_items_are_not_measured_again(
@@ -93,17 +98,24 @@ def test_finished_items_are_not_measured_again(
 
 
 def test_files_hold_what_was_written(tmp_path: Path) -> None:
-    item = Measured(torch.rand(2, 3, 5), torch.rand(2, 3, 5), torch.rand(2, 3, 4), torch.rand(2, 3, 4), {}, 9)
-    item.statistics.update(first=torch.rand(2, 3), second=torch.rand(2, 3))
+    item = Measured(
+        future=torch.rand(2, 3, 5),
+        ranked={"one": torch.rand(2, 3, 5), "other": torch.rand(2, 3, 5)},
+        window=torch.rand(2, 3, 4),
+        valued=torch.rand(2, 3, 4),
+        statistics={"first": torch.rand(2, 3), "second": torch.rand(2, 3)},
+        entries=9,
+    )
     path = tmp_path / "one.safetensors"
     assert read_measured(path, {"seed": 1}) is None
     write_measured(path, [item], {"seed": 1})
     (found,) = read_measured(path, {"seed": 1}) or []
     assert found.entries == 9
-    for name in ("future", "ranked", "window", "valued"):
+    for name in ("future", "window", "valued"):
         assert torch.equal(getattr(found, name), getattr(item, name))
     assert list(found.statistics) == ["first", "second"]
     assert torch.equal(found.statistics["second"], item.statistics["second"])
+    assert torch.equal(found.ranked["other"], item.ranked["other"])
     path.write_bytes(b"nothing")
     with pytest.raises(ValueError, match="delete it to measure again"):
         read_measured(path, {"seed": 1})

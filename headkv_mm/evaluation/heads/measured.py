@@ -16,10 +16,12 @@ from torch import Tensor
 
 from headkv_mm.evaluation.heads.attending import RecordedRow
 from headkv_mm.evaluation.heads.needs import Future, future_gains
+from headkv_mm.evaluation.heads.rankings import scores_before, value_sizes
 from headkv_mm.evaluation.heads.statistics import Seen, statistics
 from headkv_mm.evaluation.storage import check_same, write_atomically
 
-_CURVES = ("future", "ranked", "window", "valued")
+_CURVES = ("future", "window", "valued")
+_NAMED = ("ranked", "statistics")
 
 
 @dataclass(frozen=True)
@@ -28,7 +30,7 @@ class Measured:
 
     Attributes:
         future: [L, G, N] float32, what each further entry retains, the best first; see `needs.Future`.
-        ranked: [L, G, N] float32, the same in the order of the attention that the entries got before the choice.
+        ranked: by name of a ranking [L, G, N] float32, the same in that order.
         window: [L, G, n] float32, attention of the last row's queries to the best entries, falling.
         valued: [L, G, n] float32, that attention times the size of the projected value, falling.
         statistics: by name [L, G] float32.
@@ -36,7 +38,7 @@ class Measured:
     """
 
     future: Tensor
-    ranked: Tensor
+    ranked: dict[str, Tensor]
     window: Tensor
     valued: Tensor
     statistics: dict[str, Tensor]
@@ -65,15 +67,15 @@ def measure(
     futures: list[Future] = []
     looks: list[Seen] = []
     for layer, gram in zip(layers, grams, strict=True):
-        futures.append(future_gains(layer, stretches, row))
-        looks.append(Seen.at(layer, end=decided, row=row, gram=gram))
-    found = [statistics(seen) for seen in looks]
+        sizes = value_sizes(layer, gram)
+        futures.append(future_gains(layer, stretches, scores_before(layer, stretches, row, sizes)))
+        looks.append(Seen.at(layer, end=decided, row=row, sizes=sizes))
     return Measured(
         future=_stacked([one.best for one in futures]),
-        ranked=_stacked([one.ranked for one in futures]),
+        ranked=_by_name([one.ranked for one in futures]),
         window=_stacked([_falling(seen.entries) for seen in looks]),
-        valued=_stacked([_falling(seen.sizes) for seen in looks]),
-        statistics={name: _stacked([one[name] for one in found]) for name in found[0]},
+        valued=_stacked([_falling(seen.valued) for seen in looks]),
+        statistics=_by_name([statistics(seen) for seen in looks]),
         entries=entries,
     )
 
@@ -81,6 +83,10 @@ def measure(
 def _stacked(layers: Sequence[Tensor]) -> Tensor:
     # Layers may lie on different devices.
     return torch.stack([layer.cpu() for layer in layers])
+
+
+def _by_name(layers: Sequence[dict[str, Tensor]]) -> dict[str, Tensor]:
+    return {name: _stacked([layer[name] for layer in layers]) for name in layers[0]}
 
 
 def _falling(values: Tensor) -> Tensor:
@@ -91,14 +97,15 @@ def write_measured(path: Path, items: Sequence[Measured], settings: Mapping[str,
     """Write items with the settings that they came from."""
     header = {
         "settings": json.dumps(settings, sort_keys=True),
-        "names": json.dumps(list(items[0].statistics)),
+        **{name: json.dumps(list(getattr(items[0], name))) for name in _NAMED},
         "entries": json.dumps([item.entries for item in items]),
     }
     tensors = {}
     for index, item in enumerate(items):
         for name in _CURVES:
             tensors[f"{index}.{name}"] = getattr(item, name).contiguous()
-        tensors[f"{index}.statistics"] = torch.stack(list(item.statistics.values()))
+        for name in _NAMED:
+            tensors[f"{index}.{name}"] = torch.stack(list(getattr(item, name).values()))
     write_atomically(path, lambda temporary: save_file(tensors, temporary, metadata=header))
 
 
@@ -114,12 +121,14 @@ def read_measured(path: Path, settings: Mapping[str, Any]) -> list[Measured] | N
         with safe_open(path, framework="pt") as file:
             header = file.metadata() or {}
             check_same(path, json.loads(header.get("settings", "{}")), settings)
-            names = json.loads(header["names"])
+            names = {name: json.loads(header[name]) for name in _NAMED}
             items = []
             for index, entries in enumerate(json.loads(header["entries"])):
                 curves = {name: file.get_tensor(f"{index}.{name}") for name in _CURVES}
-                values = dict(zip(names, file.get_tensor(f"{index}.statistics"), strict=True))
-                items.append(Measured(**curves, statistics=values, entries=entries))
+                ranked, known = (
+                    dict(zip(names[name], file.get_tensor(f"{index}.{name}"), strict=True)) for name in _NAMED
+                )
+                items.append(Measured(**curves, ranked=ranked, statistics=known, entries=entries))
             return items
     except (SafetensorError, KeyError) as error:
         raise ValueError(f"{path} cannot be read ({error}): delete it to measure again") from error

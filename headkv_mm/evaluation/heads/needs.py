@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -20,14 +20,16 @@ class Future:
 
     Attributes:
         best: [G, N] float32, if the head keeps the entries that get most: falling.
-        ranked: [G, N] float32, if it keeps those that got most from the row of queries before the choice.
+        ranked: by name of a ranking [G, N] float32, if it keeps those that come first in it.
     """
 
     best: Tensor
-    ranked: Tensor
+    ranked: dict[str, Tensor]
 
 
-def future_gains(layer: RecordedRow, stretches: Sequence[tuple[int, int]], row: int) -> Future:
+def future_gains(
+    layer: RecordedRow, stretches: Sequence[tuple[int, int]], scores: Iterable[dict[str, Tensor]]
+) -> Future:
     """Look ahead.
 
     A method chooses before each stretch, among the entries that are there, and what leaves is gone for the rest of the
@@ -38,21 +40,24 @@ def future_gains(layer: RecordedRow, stretches: Sequence[tuple[int, int]], row: 
     Args:
         layer: what was recorded.
         stretches: first query and last + 1, one stretch after the other up to the end.
-        row: queries before a choice by which `ranked` ranks.
+        scores: for each stretch by name of a ranking [G, n], of the entries there; the highest stay.
 
     Returns:
         Shares of all attention in the rest of the generation, mean over the choices; N is the most entries among which
         one chooses.
     """
     first, most, end = layer.first, stretches[-1][0] - layer.first, stretches[-1][1]
-    best, ranked = layer.keys.new_zeros(2, layer.keys.shape[0], most)
+    empty = layer.keys.new_zeros(layer.keys.shape[0], most)
+    best = empty.clone()
+    ranked: dict[str, Tensor] = {}
     later = layer.keys.new_zeros(layer.keys.shape[0], end)  # attention of the queries of this stretch and after it
-    for begin, stop in reversed(stretches):
+    for (begin, stop), rankings in reversed(list(zip(stretches, scores, strict=True))):
         later[:, :stop] += layer.mass(begin, stop) * (stop - begin)
         held, coming = begin - first, later[:, first:begin] / ((end - begin) * len(stretches))
-        order = layer.mass(begin - row, begin)[:, first:].argsort(dim=-1, descending=True, stable=True)
         best[:, :held] += coming.sort(dim=-1, descending=True).values
-        ranked[:, :held] += coming.gather(-1, order)
+        for name, score in rankings.items():
+            order = score.argsort(dim=-1, descending=True, stable=True)
+            ranked.setdefault(name, empty.clone())[:, :held] += coming.gather(-1, order)
     return Future(best, ranked)
 
 

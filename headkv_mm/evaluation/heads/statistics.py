@@ -23,33 +23,31 @@ class Seen:
     Attributes:
         mass: [G, first + n] attention to everything, mean over the last row's queries and the group.
         own: by number of queries, [G, n] attention with each softmax over the n entries alone: one query, one row, two.
-        sizes: [G, n] attention to the n entries times the norm of their projected values, mean like `mass`.
+        valued: [G, n] attention to the n entries times the norm of their projected values, mean like `mass`.
         first: entries before them.
         row: tokens of a row, or of a text's window.
     """
 
     mass: Tensor
     own: dict[int, Tensor]
-    sizes: Tensor
+    valued: Tensor
     first: int
     row: int
 
     @classmethod
-    def at(cls, layer: RecordedRow, *, end: int, row: int, gram: Tensor) -> Seen:
+    def at(cls, layer: RecordedRow, *, end: int, row: int, sizes: Tensor) -> Seen:
         """Look at the queries before `end`.
 
         Args:
             layer: what was recorded.
             end: entries when the method decides.
             row: queries of a row or window.
-            gram: [G, R, D, D], the Gram matrices of the output projections, see `headkv_mm.output_projections`.
+            sizes: [G, R, T] norms of the projected values.
         """
-        first, values = layer.first, layer.values[:, None, layer.first : end]  # [G, 1, n, D]
-        norms = ((values @ gram) * values).sum(-1).clamp(min=0).sqrt()  # [G, R, n]
-        attention = layer.attention(end - row, end)  # [G, R, Q, end]
-        sizes = (attention.mean(2)[..., first:] * norms).mean(1)
+        first, attention = layer.first, layer.attention(end - row, end)  # [G, R, Q, end]
+        valued = (attention.mean(2)[..., first:] * sizes[..., first:end]).mean(1)
         own = {count: layer.own_mass(end - count, end) for count in (1, row, 2 * row)}
-        return cls(attention.mean((1, 2)), own, sizes, first, row)
+        return cls(attention.mean((1, 2)), own, valued, first, row)
 
     @property
     def entries(self) -> Tensor:
@@ -105,7 +103,7 @@ def statistics(seen: Seen) -> dict[str, Tensor]:
     ages = torch.arange(own.shape[-1] - 1, -1, -1, device=own.device, dtype=own.dtype)
     found["mean distance"] = (own * ages).sum(-1)
     found["attention beyond the last row"] = own[:, :-row].sum(-1)
-    found["attention times size of the projected value"] = seen.sizes.sum(-1)
+    found["attention times size of the projected value"] = seen.valued.sum(-1)
     return {name: values.float() for name, values in found.items()}
 
 

@@ -22,6 +22,7 @@ from headkv_mm.evaluation.heads.allocations import (
 from headkv_mm.evaluation.heads.measured import Measured
 from headkv_mm.evaluation.heads.needs import entries_needed
 from headkv_mm.evaluation.heads.predictors import SHUFFLED, UNIFORM, Predictor, predictors
+from headkv_mm.evaluation.heads.rankings import LAST_ROW
 from headkv_mm.evaluation.heads.ranks import spearman, spearman_within
 from headkv_mm.evaluation.heads.settings import HeadSettings
 from headkv_mm.evaluation.heads.statistics import early_need
@@ -51,6 +52,7 @@ def results(
         "unit": settings.unit,
         "origin": dict(origin),
         "needs": _needs(items, needs),
+        "rankings": _rankings(items, settings, counts),
         "predictors": [
             {
                 "name": one.name,
@@ -117,7 +119,7 @@ def _outcomes(
         mean = mean_entries(budget, item.entries, limit)
         sizes = {"mean": mean, "floor": round(settings.floor * mean)}
         for scope in SCOPES:
-            best, ranked = in_scope(item.future, scope), in_scope(item.ranked, scope)
+            best, ranked = in_scope(item.future, scope), in_scope(item.ranked[LAST_ROW], scope)
             most = retained(best, water_filled(best, **sizes))
             equal = torch.full(best.shape[:2], mean)
             uniform, uniform_ranked = retained(best, equal), retained(ranked, equal)
@@ -130,22 +132,23 @@ def _outcomes(
                 measures["regret"].append(most - held)
                 measures["over_uniform"].append(held - uniform)
                 measures["ranked_over_uniform"].append(keep(ranked, targets) - uniform_ranked)
-    _add_uniform(outcomes, items, settings, budget)
     return outcomes
 
 
-def _add_uniform(
-    outcomes: dict[str, dict[str, Measures]], items: Sequence[Measured], settings: HeadSettings, budget: Any
-) -> None:
-    """What choosing by the last row's attention loses by itself, with the same number of entries for every head."""
-    for scope in SCOPES:
-        lost = []
-        for item in items:
-            mean = mean_entries(budget, item.entries, item.future.shape[-1])
-            best, ranked = in_scope(item.future, scope), in_scope(item.ranked, scope)
-            equal = torch.full(best.shape[:2], mean)
-            lost.append(retained(best, equal) - retained(ranked, equal))
-        outcomes[UNIFORM][scope]["lost_by_ranking"] = lost
+def _rankings(items: Sequence[Measured], settings: HeadSettings, counts: Any) -> list[dict[str, Any]]:
+    """What every ranking loses of what the best entries retain, with the same number of entries for every head."""
+    table = []
+    for name in items[0].ranked:
+        lost: dict[str, Any] = {}
+        for label, budget in _labelled(settings).items():
+            values = []
+            for item in items:
+                mean = mean_entries(budget, item.entries, item.future.shape[-1])
+                equal = torch.full(item.future.shape[:2], mean)
+                values.append(retained(item.future, equal) - retained(item.ranked[name], equal))
+            lost[label] = _estimated(values, counts, settings.unit)
+        table.append({"name": name, "lost": lost})
+    return table
 
 
 def _needs(items: Sequence[Measured], needs: Sequence[Tensor]) -> dict[str, Any]:

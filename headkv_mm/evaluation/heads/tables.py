@@ -39,10 +39,12 @@ def markdown(content: Mapping[str, Any]) -> str:
             f"## {name}\n\n{overview(content, kind)}"
             for kind, name in ((kind, name[0].upper() + name[1:]) for kind, name in KINDS.items())
         ),
-        "## Entries chosen by what is known",
+        "## Which entries, with the same number for every head",
+        "Points of attention less than the entries that will get most retain.",
+        rankings(content),
+        "## Divisions where the entries are chosen by what is known",
         "The same divisions of all the model's entries, but every head keeps the entries that got most attention from "
-        "the last row before the choice: points of attention more than the same number for every head retains. "
-        + _ranking(content),
+        "the last row before the choice: points of attention more than the same number for every head retains.",
         _ranked(content),
         "## Needs by head",
         f"Mean entries; in brackets those that held {share} of the last row's attention when the method decided "
@@ -90,15 +92,11 @@ def number(found: Mapping[str, float], factor: float = 1.0, *, sign: bool = Fals
     return f"{mean} [{low}, {high}]"
 
 
-def lost_by_ranking(content: Mapping[str, Any]) -> dict[str, Mapping[str, float]]:
-    """By budget: attention lost, with as many entries for every head, by choosing by the last row's attention."""
-    uniform = next(one for one in content["predictors"] if one["name"] == "uniform")
-    return {budget: found["model"]["lost_by_ranking"] for budget, found in uniform["budgets"].items()}
-
-
-def _ranking(content: Mapping[str, Any]) -> str:
-    lost = [f"{number(found, 100)} points at {budget}" for budget, found in lost_by_ranking(content).items()]
-    return f"This choice itself loses, with the same number for every head, {', '.join(lost)} of what the best retain."
+def rankings(content: Mapping[str, Any]) -> str:
+    """What every ranking loses with the same number of entries for every head."""
+    budgets = content["settings"]["budgets"]
+    rows = [[one["name"], *(number(one["lost"][budget], 100) for budget in budgets)] for one in content["rankings"]]
+    return table(["kept first", *budgets], rows)
 
 
 def _ranked(content: Mapping[str, Any]) -> str:
