@@ -7,6 +7,8 @@ import json
 from pathlib import Path
 from typing import Any
 
+from headkv_mm.compiled_tables import SHIPPED_NAME as COMPILED_NAME
+from headkv_mm.compiled_tables import load_compiled_tables
 from headkv_mm.demo import text_model_path
 from headkv_mm.evaluation.settings import FULL, budget_label
 from headkv_mm.evaluation.tables import interval, percent, table
@@ -97,6 +99,20 @@ def layer_errors() -> str:
     total = sum(shipped.errors)
     rows = [[str(layer), f"{error:.3f}", percent(error / total)] for layer, error in enumerate(shipped.errors)]
     return table(["layer", "error", "share"], rows)
+
+
+def compiled_tables() -> str:
+    """What the embedded language model's compiled tables lose and hold on texts kept apart."""
+    shipped = load_compiled_tables(text_model_path() / COMPILED_NAME)
+    rows = [
+        [
+            budget_label(means["budget"]),
+            *(f"{means[name]:.3f}" for name in ("full", "identity", "compiled")),
+            percent(means["held"]),
+        ]
+        for means in shipped.validation
+    ]
+    return table(["budget", "full cache", "identity tables", "compiled tables", "entries held of the budget"], rows)
 
 
 def load(name: str) -> dict[str, Any]:

@@ -370,6 +370,7 @@ MAKERS: dict[str, Callable[[], str]] = {
     "plan-list": plan_list,
     "heads": heads,
     "layer-errors": method_tables.layer_errors,
+    "compiled-tables": method_tables.compiled_tables,
     "images": images,
     "text-cache": text_cache,
     "fastkv-prefill": fastkv_prefill,
