@@ -17,6 +17,7 @@ from .observer import Observer
 from .pieces import Allocation, Observed
 from .ragged import RaggedKV
 from .registry import Pieces
+from .schedules import AfterGrouping
 
 
 class ImageCompressor(LayerCompressor):
@@ -161,21 +162,26 @@ class ImageCompressor(LayerCompressor):
         """Count the tokens, keep what the next decision needs of their queries, and decide if it is due."""
         plan, pieces = self.plan, self.pieces
         before, until_due = self.decoded, self.next_due - self.decoded - query.shape[2]
+        undecided = self.allocation is None or self._divides_anew(before, max(self.next_due, before + query.shape[2]))
         self.decoded += query.shape[2]
         allocated = self.observer.watch(
             query,
             step=plan.step,
             until_due=until_due,
             mean=pieces.scorer.needs_mean_query,
-            last=self._queries_needed(undecided=self.allocation is None),
+            last=self._queries_needed(undecided=undecided),
             visible=visible,
         )
         if allocated:
             self._track_peak()
         if pieces.schedule.due(before, self.decoded, plan):
-            self._evict(scale)
+            self._evict(scale, decide=self.allocation is None or self._divides_anew(before, self.decoded))
 
-    def _evict(self, scale: float) -> None:
+    def _divides_anew(self, before: int, after: int) -> bool:
+        schedule = self.pieces.schedule
+        return isinstance(schedule, AfterGrouping) and schedule.divides_anew(before, after, self.plan)
+
+    def _evict(self, scale: float, *, decide: bool) -> None:
         store = self.store
         queries = self.observer.queries
         ages = None if queries is None else torch.arange(queries.shape[1], 0, -1, device=self.seen.device)
@@ -195,7 +201,7 @@ class ImageCompressor(LayerCompressor):
             attention=store.mass,
         )
         scores = self.pieces.scorer.score_entries(observed)
-        if self.allocation is not None:
+        if self.allocation is not None and not decide:
             self._evict_down(observed, self.allocation, scores, move=False)
         elif self.over_layers:
             self._waits = replace(observed, noted=self.model_allocator.note(observed, scores)), scores
@@ -216,12 +222,12 @@ class ImageCompressor(LayerCompressor):
         self._group(observed, allocation, scores)
 
     def _group(self, observed: Observed, allocation: Allocation, scores: Tensor) -> None:
-        """The heads' budgets are known: make regions of their sizes, and evict for the first time."""
-        room = self._room
+        """The heads' budgets are known: make regions of their sizes, and evict."""
+        room, first = self._room, self.allocation is None
         allocation = observed.shard.own(allocation, self.kv_heads)
         uneven = allocation.local is not None or allocation.largest != self.plan.budget
         self.allocation = allocation
-        move = uneven or self.over_layers or room != self.plan.budget + self.plan.row
+        move = not first or uneven or self.over_layers or room != self.plan.budget + self.plan.row
         self._evict_down(observed, allocation, scores, move=move)
 
     def _evict_down(self, observed: Observed, allocation: Allocation, scores: Tensor, *, move: bool) -> None:

@@ -244,9 +244,10 @@ def plan_memory(
 
 
 def _before_first_eviction(pieces: Pieces, plan: ImagePlan, cost: StorageCost) -> int:
-    """Bytes when everything is still there, and the queries that the first decision wants."""
+    """Bytes when everything is still there, and the queries that the first decision wants (or a later one like it)."""
     queries = max(pieces.allocator.queries_needed(plan), min(cost.queries, plan.row))
-    entries = cost.condition + pieces.schedule.first(plan)
+    later = plan.budget + plan.row if getattr(pieces.schedule, "regroup_rows", None) else 0
+    entries = cost.condition + max(pieces.schedule.first(plan), later)
     return cost.fixed + queries * cost.per_query + entries * cost.per_entry
 
 

@@ -43,12 +43,17 @@ class AfterGrouping:
 
     Attributes:
         grouping_rows: rows decoded with everything kept before the head types are decided (T_g of the paper, in rows).
+        regroup_rows: rows after which budgets are divided anew among the heads, from what is held by then; None: never,
+            as in the paper. What is kept moves into regions of other sizes, one layer after the other.
     """
 
     grouping_rows: int = 4
+    regroup_rows: int | None = None
 
     def __post_init__(self) -> None:
         _check_rows("grouping_rows", self.grouping_rows)
+        if self.regroup_rows is not None:
+            _check_rows("regroup_rows", self.regroup_rows)
 
     def first(self, plan: Plan) -> int:
         """Image tokens before the grouping, which is the first eviction too."""
@@ -57,6 +62,13 @@ class AfterGrouping:
     def due(self, before: int, after: int, plan: Plan) -> bool:
         """True when a row ended as the count of image tokens went from `before` to `after`."""
         return _step_ended(before, after, plan) and after >= self.first(plan)
+
+    def divides_anew(self, before: int, after: int, plan: Plan) -> bool:
+        """Are budgets divided once more as the count went from `before` to `after`?"""
+        if self.regroup_rows is None or before < self.first(plan):
+            return False
+        rounds = [(count // plan.step - self.grouping_rows) // self.regroup_rows for count in (before, after)]
+        return rounds[1] > rounds[0]
 
 
 @dataclass(frozen=True)

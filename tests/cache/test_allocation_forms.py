@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from headkv_mm import ImageGrid
-from headkv_mm.allocators import MassCurves, Pooled, Proportional
+from headkv_mm.allocators import HeadType, MassCurves, Pooled, Proportional
 from headkv_mm.budgets import image_plan
 from headkv_mm.image_compressor import ImageCompressor
 from headkv_mm.model_pool import ModelPool
@@ -32,7 +32,9 @@ FORMS: dict[str, Allocator] = {
     "backward": Proportional(window=8, statistic="backward", floor=0.0),
     "keys model": Proportional(window=8, scope="model", statistic="keys"),
 }
-OVER_LAYERS = {"pooled model": Pooled(scope="model"), **{name: FORMS[name] for name in FORMS if "model" in name}}
+IMAGE_FORMS = {**FORMS, "pooled model": Pooled(scope="model"), "types": HeadType(tau=0.5)}
+AGAIN = ["curves, again", "curves model, again", "types, again"]
+OVER_LAYERS = [name for name in IMAGE_FORMS if "model" in name]
 
 
 @pytest.mark.parametrize("form", FORMS)
@@ -68,7 +70,9 @@ class ImageDriver:
     """Feeds the layers of one cache random tokens, layer by layer as a model does."""
 
     def __init__(self, form: str, grid: ImageGrid, budget: int, prompts: list[int], seed: int, rows: list[int]) -> None:
-        pieces = get_method("headkv").with_options({"allocator": OVER_LAYERS[form], "grouping_rows": 3}).image
+        form, again, _ = form.partition(", again")
+        options = {"allocator": IMAGE_FORMS[form], "grouping_rows": 3, "regroup_rows": 2 if again else None}
+        pieces = get_method("headkv").with_options(options).image
         assert pieces is not None
         self.generators = [torch.Generator().manual_seed(seed + row) for row in rows]
         self.prompts = [prompts[row] for row in rows]
@@ -129,7 +133,7 @@ class ImageDriver:
                         assert len(kept) <= prompt + int(targets[layer, row, head])
 
 
-@pytest.mark.parametrize("form", OVER_LAYERS)
+@pytest.mark.parametrize("form", [*OVER_LAYERS, *AGAIN])
 @settings(max_examples=6)
 @given(
     height=st.integers(5, 8),
@@ -179,6 +183,20 @@ def test_a_chunk_may_cross_the_first_eviction(tokens: int) -> None:
     for decoded in range(13 + tokens, 41):
         driver.step()
         driver.check(decoded, 15)
+
+
+@pytest.mark.parametrize("form", AGAIN[:2])
+def test_budgets_may_be_divided_anew(form: str) -> None:
+    driver = ImageDriver(form, ImageGrid(8, 5), 12, [3, 2], 1, [0, 1])
+    changed = []
+    for decoded in range(1, 41):
+        before = [layer.allocation for layer in driver.layers]
+        driver.step()
+        driver.check(decoded, 15)
+        if any(layer.allocation is not old for layer, old in zip(driver.layers, before, strict=True)):
+            changed.append(decoded)
+    assert changed == [15, 25, 35]
+    assert driver.layers[0].pieces.options["regroup_rows"] == 2
 
 
 def test_a_layer_that_does_not_wait_says_so() -> None:
