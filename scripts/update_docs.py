@@ -31,6 +31,7 @@ from headkv_mm.workload import memory_needed
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))  # also when a test loads this file from elsewhere
 
+import head_need_tables
 import method_tables
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -371,6 +372,11 @@ MAKERS: dict[str, Callable[[], str]] = {
     "heads": heads,
     "layer-errors": method_tables.layer_errors,
     "compiled-tables": method_tables.compiled_tables,
+    "head-needs": head_need_tables.needs,
+    "head-predictors-images": head_need_tables.predictors_of_images,
+    "head-predictors-text": head_need_tables.predictors_of_texts,
+    "head-rankings-images": head_need_tables.rankings_of_images,
+    "head-rankings-text": head_need_tables.rankings_of_texts,
     "images": images,
     "text-cache": text_cache,
     "fastkv-prefill": fastkv_prefill,

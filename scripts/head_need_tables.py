@@ -1,0 +1,100 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Tables of docs/head_types.md; `update_docs.py` puts them in place."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from headkv_mm.evaluation.heads.tables import number, rankings
+from headkv_mm.evaluation.tables import percent, table
+
+RESULTS = Path(__file__).resolve().parents[1] / "benchmarks" / "results"
+SHOWN = (
+    "backward tokens, tau 0.9, 1 query",
+    "backward tokens, tau 0.9, 1 row",
+    "backward tokens, tau 0.9, 1 row, condition held",
+    "mean distance",
+    "attention beyond the last row",
+    "attention outside the condition",
+    "attention outside the first 4 entries",
+    "attention times size of the projected value",
+    "entropy (as effective entries)",
+    "best entries, tau 0.9, 1 row",
+    "attention of the last row, pooled",
+    "the same times projected value, pooled",
+    "the item before, needs",
+    "calibrated table of needs",
+    "calibrated table of curves",
+    "oracle needs",
+    "oracle curves",
+    "oracle budgets, shuffled among the heads",
+    "uniform",
+)
+BUDGETS = ("1/8", "1/16")
+
+
+def predictors_of_images() -> str:
+    """Rank correlation, regret and gain of chosen predictors on images."""
+    return _predictors(_load("heads_images"))
+
+
+def predictors_of_texts() -> str:
+    """The same on texts."""
+    return _predictors(_load("heads_text"))
+
+
+def rankings_of_images() -> str:
+    """What every ranking loses on images."""
+    return rankings(_load("heads_images"))
+
+
+def rankings_of_texts() -> str:
+    """The same on texts."""
+    return rankings(_load("heads_text"))
+
+
+def needs() -> str:
+    """How much heads differ in their needs, and how much of it stays from item to item."""
+    rows = []
+    for folder in ("heads_images", "heads_text"):
+        content = _load(folder)
+        found, settings = content["needs"], content["settings"]
+        late = [need for layer in found["late"] for need in layer]
+        rows.append(
+            [
+                f"{settings['material']}, {settings['items']} {content['unit']}",
+                f"{len(late)}",
+                f"{min(late):.1f} to {max(late):.1f}",
+                f"{sum(late) / len(late):.1f} of {found['late_entries']:.0f}",
+                percent(found["explained_by_head"], 0),
+            ]
+        )
+    return table(["", "KV heads", "mean need of a head", "of all heads", "variance that the head explains"], rows)
+
+
+def _predictors(content: Mapping[str, Any]) -> str:
+    by_name = {one["name"]: one for one in content["predictors"]}
+    rows = []
+    for name in (name for name in SHOWN if name in by_name):
+        one = by_name[name]
+        found = [one["budgets"][budget]["model"] for budget in BUDGETS]
+        rows.append(
+            [
+                name,
+                one["form"],
+                number(one["spearman"]["model"]),
+                number(one["spearman"]["layer"]),
+                *(number(each["regret"], 100) for each in found),
+                *(number(each["ranked_over_uniform"], 100, sign=True) for each in found),
+            ]
+        )
+    heads = ["predictor", "division", "Spearman", "inside layers"]
+    return table([*heads, *(f"regret {budget}" for budget in BUDGETS), *(f"gain {budget}" for budget in BUDGETS)], rows)
+
+
+def _load(folder: str) -> dict[str, Any]:
+    content: dict[str, Any] = json.loads((RESULTS / folder / "results.json").read_text(encoding="utf-8"))
+    return content
