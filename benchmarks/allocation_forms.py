@@ -20,7 +20,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from headkv_mm.allocators import MassCurves, Pooled, Proportional, Uniform
+from headkv_mm.allocators import HeadTableShares, MassCurves, Pooled, Proportional, Uniform
 from headkv_mm.evaluation.argument_values import budgets, whole
 from headkv_mm.evaluation.report import evaluate
 from headkv_mm.evaluation.runner import open_model
@@ -54,17 +54,18 @@ def image_forms() -> dict[str, Pieces]:
     forms: dict[str, tuple[tuple[Scorer, Stratified], Allocator]] = {
         "logits, all global": (logits, Uniform(window_rows=2.0)),
         "logits, curves model": (logits, MassCurves(scope="model")),
-        "logits, entropy model": (logits, Proportional(scope="model")),
-        "attention, curves layer": (attention, MassCurves()),
+        "logits, distant model": (logits, Proportional(scope="model", statistic="distant")),
         "attention, curves model": (attention, MassCurves(scope="model")),
-        "attention, largest loss model": (attention, MassCurves(scope="model", loss="largest")),
-        "attention, entropy model": (attention, Proportional(scope="model")),
         "attention, distant model": (attention, Proportional(scope="model", statistic="distant")),
         "largest logit, uniform": (largest, Uniform()),
-        "largest logit, curves model": (largest, MassCurves(scope="model")),
         "logit spread, uniform": (spread, Uniform()),
+        "largest logit, curves model": (largest, MassCurves(scope="model")),
+        "attention, curves model again": (attention, MassCurves(scope="model")),
     }
-    return {name: Pieces(rule[0], form, rule[1], AfterGrouping()) for name, (rule, form) in forms.items()}
+    return {
+        name: Pieces(rule[0], form, rule[1], AfterGrouping(regroup_rows=4 if "again" in name else None))
+        for name, (rule, form) in forms.items()
+    }
 
 
 def text_forms() -> dict[str, Pieces]:
@@ -82,10 +83,25 @@ def text_forms() -> dict[str, Pieces]:
         "distant model": Proportional(window=8, scope="model", statistic="distant"),
         "key spread model": Proportional(window=8, scope="model", statistic="keys"),
     }
+    # What was worth a second look after the first.
+    distant: dict[str, Allocator] = {
+        "distant layer": Proportional(window=8, statistic="distant"),
+        "distant floor 0 model": Proportional(window=8, scope="model", statistic="distant", floor=0.0),
+        "distant floor 0.5 model": Proportional(window=8, scope="model", statistic="distant", floor=0.5),
+        "distant of 64 model": Proportional(window=8, scope="model", statistic="distant", grouping_queries=64),
+        "distant of 256 model": Proportional(window=8, scope="model", statistic="distant", grouping_queries=256),
+        "distant of 256 floor 0 model": Proportional(
+            window=8, scope="model", statistic="distant", grouping_queries=256, floor=0.0
+        ),
+        "table": HeadTableShares(window=8),
+    }
+    tried = {
+        **{(score, form): allocator for score in scorers for form, allocator in forms.items()},
+        **{("keys", form): allocator for form, allocator in distant.items()},
+    }
     return {
-        f"{score}, {form}": Pieces(scorer, allocator, BY_SCORE, EachInterval())
-        for score, scorer in scorers.items()
-        for form, allocator in forms.items()
+        f"{score}, {form}": Pieces(scorers[score], allocator, BY_SCORE, EachInterval())
+        for (score, form), allocator in tried.items()
     }
 
 

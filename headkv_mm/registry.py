@@ -181,8 +181,8 @@ def _piece_of(method: str, name: str, kind: str) -> Any:
         if method in own:
             return getattr(home, method)()
         raise ValueError(
-            f"unknown method {method!r}; the {name} may be that of a method ({', '.join(methods(kind))}), or one by its "
-            f"own name ({', '.join(sorted(own))})"
+            f"unknown method {method!r}; the {name} may be that of a method ({', '.join(methods(kind))}), or one by "
+            f"its own name ({', '.join(sorted(own))})"
         )
     pieces = get_method(method).pieces(kind)
     if pieces is None:

@@ -3,14 +3,16 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import torch
 from torch import Tensor
 
 from .. import kernels
+from ..budgets import ImagePlan
 from ..pieces import Observed
+from ..plan import Plan
 from ..scorers.attention import window_attention
 from ..scorers.keys import unit_key_sum
 from .competition import Competition, Pool
@@ -31,7 +33,8 @@ class Proportional(Competition):
     - "backward": entries from the window on backward that hold, with the window, a share `tau` of the attention. This
       is the number by which arXiv 2605.20600 tells local heads from global ones.
     - "curve": best entries that hold a share `tau` of the attention, with what always stays.
-    - "distant": the share of the attention.
+    - "distant": the share of the attention. Of more queries than the window has tokens, each looks back from itself:
+      what counts is what lies as far behind it as the window reaches.
     - "keys": no attention, but how much the keys of the head differ: 1 - |mean of k / |k||^2.
 
     Attributes:
@@ -55,18 +58,22 @@ class Proportional(Competition):
             return observed.shard.gather(key_spread(observed))
         queries, positions = observed.last_queries(self.queries_needed(observed.plan))
         window = observed.per_row(self.windows(observed))
+        if self.statistic == "distant":
+            return distant_share(observed, queries, positions, window, block=self._block(observed.plan))
         if self.statistic == "backward":
             needed = self._backward(observed, queries, positions) - window
             return observed.shard.gather(needed.clamp(min=0).double())
         attention = window_attention(observed, queries, positions)
         candidates, mass = candidates_of(observed, attention, window)  # [B, G, M]
         mass = torch.where(candidates, mass.double(), 0.0)
-        if self.statistic == "distant":
-            return mass.cumsum(-1)[..., -1]
         if self.statistic == "curve":
             lost = mass.sort(dim=-1).values.cumsum(-1)  # by keeping all others
             return (lost > 1 - self.tau).sum(-1).double()
         return effective_number(mass)
+
+    def _block(self, plan: Plan) -> int:
+        """Queries that are so near to each other that one window serves them."""
+        return plan.step if isinstance(plan, ImagePlan) else self.window
 
     def weigh(self, noted: Tensor, pool: Pool) -> Tensor:
         """The statistic itself."""
@@ -85,6 +92,29 @@ class Proportional(Competition):
             tau=self.tau,
             first_position=observed.condition,
         )
+
+
+def distant_share(observed: Observed, queries: Tensor, positions: Tensor, window: Tensor, *, block: int) -> Tensor:
+    """Share of the attention of queries that lies behind a window, the first tokens that always stay left out.
+
+    Args:
+        observed: what is held.
+        queries: [B, Q, H, D].
+        positions: [B, Q], -1 for padding.
+        window: [B, 1] int, tokens, counted from the last query of every block.
+        block: queries for which one window is placed.
+
+    Returns:
+        [B, all heads] float64.
+    """
+    total = torch.zeros(queries.shape[0], observed.heads, dtype=torch.float64, device=queries.device)
+    for end in range(queries.shape[1], 0, -block):
+        own = slice(max(end - block, 0), end)
+        newest = replace(observed, seen=(positions[:, own].amax(1) + 1).to(observed.seen.dtype))
+        candidates, mass = candidates_of(newest, window_attention(observed, queries[:, own], positions[:, own]), window)
+        # A mean over the block's columns, of which padding gives nothing.
+        total += torch.where(candidates, mass.double(), 0.0).cumsum(-1)[..., -1] * (own.stop - own.start)
+    return total / (positions >= 0).sum(-1, keepdim=True).clamp(min=1)
 
 
 def effective_number(mass: Tensor) -> Tensor:
