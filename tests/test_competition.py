@@ -142,6 +142,22 @@ def test_statistics_by_loops(statistic: Any) -> None:
     assert sum(targets) == 2 * 16
 
 
+def test_every_query_looks_back_from_itself() -> None:
+    observed = seen_by(TextPlan(20), condition=4, tokens=40, asked=7)
+    allocator = Proportional(statistic="distant", window=3, grouping_queries=7)
+    found = allocator.note(observed, NO_SCORES)[0].tolist()
+    keys = observed.store.keys.view(2, -1, 8)
+    assert observed.queries is not None
+    for head in (0, 1):
+        total = 0.0
+        for position, query in zip(range(33, 40), observed.queries[0], strict=True):
+            newest = max(last for last in (33, 36, 39) if last - 3 < position <= last)  # blocks of 3 from the end
+            for r in (0, 1):
+                share = (0.5 * keys[head, : position + 1] @ query[2 * head + r]).softmax(-1)
+                total += float(share[4 : newest + 1 - 3].sum()) / 7 / 2
+        assert found[head] == pytest.approx(total, rel=1e-4)
+
+
 def test_curves_by_loops_and_as_the_pooled_scores() -> None:
     observed = seen_by(TextPlan(20), condition=4, tokens=40)
     worth = [sorted(attention(observed, head)[4:37], reverse=True) for head in (0, 1)]
