@@ -21,7 +21,7 @@ from headkv_mm.evaluation.heads.allocations import (
 )
 from headkv_mm.evaluation.heads.measured import Measured
 from headkv_mm.evaluation.heads.needs import entries_needed
-from headkv_mm.evaluation.heads.predictors import SHUFFLED, UNIFORM, Predictor, predictors
+from headkv_mm.evaluation.heads.predictors import SHUFFLED, Predictor, predictors
 from headkv_mm.evaluation.heads.rankings import LAST_ROW
 from headkv_mm.evaluation.heads.ranks import spearman, spearman_within
 from headkv_mm.evaluation.heads.settings import HeadSettings
@@ -46,7 +46,9 @@ def results(
     counts = resampling_counts(len(items), settings.resamples, settings.seed)
     needs = [entries_needed(item.future, settings.share).double() for item in items]
     found = predictors(items, settings.share)
-    outcomes = {label: _outcomes(found, items, settings, budget) for label, budget in _labelled(settings).items()}
+    outcomes = {
+        label: _outcomes(found, items, settings, budget, counts) for label, budget in _labelled(settings).items()
+    }
     return {
         "settings": {**shared, "budgets": list(outcomes), "floor": settings.floor, "share": settings.share},
         "unit": settings.unit,
@@ -59,16 +61,7 @@ def results(
                 "kind": one.kind,
                 "form": one.form,
                 "spearman": _spearman(one, needs, counts, settings.unit),
-                "budgets": {
-                    label: {
-                        scope: {
-                            name: _estimated(values, counts, settings.unit) for name, values in measures[scope].items()
-                        }
-                        for scope in SCOPES
-                    }
-                    for label, by_name in outcomes.items()
-                    for measures in [by_name[one.name]]
-                },
+                "budgets": {label: by_name[one.name] for label, by_name in outcomes.items()},
             }
             for one in found
         ],
@@ -104,16 +97,10 @@ def _estimated_known(values: Sequence[float | None], counts: Any, unit: str) -> 
 
 
 def _outcomes(
-    found: Sequence[Predictor], items: Sequence[Measured], settings: HeadSettings, budget: Any
-) -> dict[str, dict[str, Measures]]:
-    """By predictor and scope what equal totals retain."""
-    outcomes: dict[str, dict[str, Measures]] = {
-        one.name: {
-            scope: {name: [] for name in ("retained", "regret", "over_uniform", "ranked_over_uniform")}
-            for scope in SCOPES
-        }
-        for one in found
-    }
+    found: Sequence[Predictor], items: Sequence[Measured], settings: HeadSettings, budget: Any, counts: Any
+) -> dict[str, dict[str, Any]]:
+    """By predictor and scope what the same total retains if it is divided by what is predicted."""
+    measures: dict[str, dict[str, Measures]] = {one.name: {scope: {} for scope in SCOPES} for one in found}
     for index, item in enumerate(items):
         limit = item.future.shape[-1]
         mean = mean_entries(budget, item.entries, limit)
@@ -126,13 +113,22 @@ def _outcomes(
             for one in found:
                 targets = one.predictions[index].targets(scope, limit=limit, **sizes)
                 keep = retained_if_shuffled if one.name == SHUFFLED else retained
-                held = uniform if one.name == UNIFORM else keep(best, targets)
-                measures = outcomes[one.name][scope]
-                measures["retained"].append(held)
-                measures["regret"].append(most - held)
-                measures["over_uniform"].append(held - uniform)
-                measures["ranked_over_uniform"].append(keep(ranked, targets) - uniform_ranked)
-    return outcomes
+                held = keep(best, targets)
+                values = {
+                    "retained": held,
+                    "regret": most - held,
+                    "over_uniform": held - uniform,
+                    "ranked_over_uniform": keep(ranked, targets) - uniform_ranked,
+                }
+                for name, value in values.items():
+                    measures[one.name][scope].setdefault(name, []).append(value)
+    return {
+        predictor: {
+            scope: {name: _estimated(values, counts, settings.unit) for name, values in by_measure.items()}
+            for scope, by_measure in by_scope.items()
+        }
+        for predictor, by_scope in measures.items()
+    }
 
 
 def _rankings(items: Sequence[Measured], settings: HeadSettings, counts: Any) -> list[dict[str, Any]]:
