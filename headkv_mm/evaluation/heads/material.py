@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import copy
+import random
 from collections.abc import Callable
 from typing import Any, Protocol
 
@@ -126,8 +127,6 @@ class Texts:
 
     def document(self, index: int) -> Document:
         """Document `index`: the one that `evaluate text` would make of the same seed, task, length and number."""
-        import random
-
         settings, cell = self._settings, self._settings.cell(index)
         number = index // len(settings.tasks)
         rng = random.Random(f"{settings.seed}/{cell}/{number}")
