@@ -93,6 +93,16 @@ def text_forms() -> dict[str, Pieces]:
         "distant of 256 floor 0 model": Proportional(
             window=8, scope="model", statistic="distant", grouping_queries=256, floor=0.0
         ),
+        "pointed model": Proportional(window=8, scope="model", statistic="pointed"),
+        "pointed of 64 up to 16 model": Proportional(
+            window=8, scope="model", statistic="pointed", grouping_queries=64, most=16.0
+        ),
+        "pointed of 64 contrast 4 up to 16 model": Proportional(
+            window=8, scope="model", statistic="pointed", grouping_queries=64, most=16.0, contrast=4.0
+        ),
+        "distant of 64 contrast 4 up to 16 model": Proportional(
+            window=8, scope="model", statistic="distant", grouping_queries=64, most=16.0, contrast=4.0
+        ),
         "table": HeadTableShares(window=8),
     }
     tried = {

@@ -109,6 +109,8 @@ def by_loops(observed: Observed, statistic: str, head: int, tau: float, window: 
     middle = mass[first:last]
     if statistic == "distant":
         return sum(middle)
+    if statistic == "pointed":
+        return behind_each(observed, head, window)
     if statistic == "entropy":
         shares = [one / sum(middle) for one in middle]
         return math.exp(-sum(one * math.log(one) for one in shares))
@@ -125,6 +127,18 @@ def by_loops(observed: Observed, statistic: str, head: int, tau: float, window: 
     keys = observed.store.keys.view(2, -1, 8)[head]
     mean = sum(key / key.norm() for key in keys) / len(keys)
     return 1 - float(mean @ mean)
+
+
+def behind_each(observed: Observed, head: int, window: int) -> float:
+    """Squares of every single query's attention, averaged over the group first, behind its own window."""
+    keys, total = observed.store.keys.view(2, -1, 8)[head], 0.0
+    assert observed.queries is not None
+    for q, query in enumerate(observed.queries[0]):
+        position = len(keys) - len(observed.queries[0]) + q
+        shares = [(0.5 * keys[: position + 1] @ query[2 * head + r]).softmax(-1) for r in (0, 1)]
+        for index in range(int(observed.condition), position + 1 - window):
+            total += float(shares[0][index] + shares[1][index]) ** 2 / 4
+    return total / len(observed.queries[0])
 
 
 @pytest.mark.parametrize("statistic", STATISTICS)
@@ -156,6 +170,15 @@ def test_every_query_looks_back_from_itself() -> None:
                 share = (0.5 * keys[head, : position + 1] @ query[2 * head + r]).softmax(-1)
                 total += float(share[4 : newest + 1 - 3].sum()) / 7 / 2
         assert found[head] == pytest.approx(total, rel=1e-4)
+
+
+def test_contrast_leaves_more_to_the_heads_ahead() -> None:
+    pool = Pool(column(100), column(0), column(400), column(100))
+    noted = torch.tensor([[2.0, 1.0, 1.0]], dtype=torch.float64)
+    for contrast, expected in ((0.0, [100, 100, 100]), (1.0, [150, 75, 75]), (2.0, [200, 50, 50])):
+        assert pool.divided(Proportional(contrast=contrast).weigh(noted, pool)).tolist() == [expected]
+    nothing = Proportional(contrast=2.0).weigh(torch.zeros(1, 3, dtype=torch.float64), pool)
+    assert pool.divided(nothing).tolist() == [[100, 100, 100]]
 
 
 def test_curves_by_loops_and_as_the_pooled_scores() -> None:
@@ -230,6 +253,8 @@ def test_refused_options() -> None:
         Proportional(statistic="mass")  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="tau must lie in"):
         Proportional(tau=0.0)
+    with pytest.raises(ValueError, match="contrast must not be negative"):
+        Proportional(contrast=-1.0)
     with pytest.raises(ValueError, match="statistic must be 'largest' or 'spread'"):
         QueryLogits("mean")  # type: ignore[arg-type]
     with pytest.raises(RuntimeError, match="nothing was noted"):

@@ -18,8 +18,8 @@ from ..scorers.keys import unit_key_sum
 from .competition import Competition, Pool
 from .pooled import candidates_of
 
-Statistic = Literal["entropy", "backward", "curve", "distant", "keys"]
-STATISTICS: tuple[Statistic, ...] = ("entropy", "backward", "curve", "distant", "keys")
+Statistic = Literal["entropy", "backward", "curve", "distant", "pointed", "keys"]
+STATISTICS: tuple[Statistic, ...] = ("entropy", "backward", "curve", "distant", "pointed", "keys")
 
 
 @dataclass(frozen=True)
@@ -35,15 +35,20 @@ class Proportional(Competition):
     - "curve": best entries that hold a share `tau` of the attention, with what always stays.
     - "distant": the share of the attention. Of more queries than the window has tokens, each looks back from itself:
       what counts is what lies as far behind it as the window reaches.
+    - "pointed": the sum of the squares of every single query's attention behind its own window. It is large where a
+      query finds one far entry, which another query will look for elsewhere; a head that spreads its attention over
+      many entries can spare some of them.
     - "keys": no attention, but how much the keys of the head differ: 1 - |mean of k / |k||^2.
 
     Attributes:
         statistic: one of these.
         tau: share of the attention, for "backward" and "curve".
+        contrast: power to which the statistic is raised: a larger one leaves more to the heads that are ahead.
     """
 
     statistic: Statistic = "entropy"
     tau: float = 0.9
+    contrast: float = 1.0
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -51,6 +56,8 @@ class Proportional(Competition):
             raise ValueError(f"statistic must be one of {', '.join(STATISTICS)}, got {self.statistic!r}")
         if not 0.0 < self.tau <= 1.0:
             raise ValueError(f"tau must lie in (0, 1], got {self.tau}")
+        if self.contrast < 0:
+            raise ValueError(f"contrast must not be negative, got {self.contrast}")
 
     def look(self, observed: Observed, pool: Pool) -> Tensor:
         """The statistic, [B, all heads] float64."""
@@ -59,7 +66,9 @@ class Proportional(Competition):
         queries, positions = observed.last_queries(self.queries_needed(observed.plan))
         window = observed.per_row(self.windows(observed))
         if self.statistic == "distant":
-            return distant_share(observed, queries, positions, window, block=self._block(observed.plan))
+            return attention_behind(observed, queries, positions, window, block=self._block(observed.plan))
+        if self.statistic == "pointed":
+            return attention_behind(observed, queries, positions, window, block=1, power=2)
         if self.statistic == "backward":
             needed = self._backward(observed, queries, positions) - window
             return observed.shard.gather(needed.clamp(min=0).double())
@@ -76,8 +85,9 @@ class Proportional(Competition):
         return plan.step if isinstance(plan, ImagePlan) else self.window
 
     def weigh(self, noted: Tensor, pool: Pool) -> Tensor:
-        """The statistic itself."""
-        return noted
+        """The statistic, with its contrast; at most 1."""
+        largest = noted.amax(-1, keepdim=True).clamp(min=torch.finfo(noted.dtype).tiny)
+        return (noted / largest) ** self.contrast
 
     def _backward(self, observed: Observed, queries: Tensor, positions: Tensor) -> Tensor:
         store = observed.store
@@ -94,18 +104,21 @@ class Proportional(Competition):
         )
 
 
-def distant_share(observed: Observed, queries: Tensor, positions: Tensor, window: Tensor, *, block: int) -> Tensor:
-    """Share of the attention of queries that lies behind a window, the first tokens that always stay left out.
+def attention_behind(
+    observed: Observed, queries: Tensor, positions: Tensor, window: Tensor, *, block: int, power: int = 1
+) -> Tensor:
+    """The attention of queries that lies behind a window, the first tokens that always stay left out.
 
     Args:
         observed: what is held.
         queries: [B, Q, H, D].
         positions: [B, Q], -1 for padding.
         window: [B, 1] int, tokens, counted from the last query of every block.
-        block: queries for which one window is placed.
+        block: queries for which one window is placed, and over which attention is averaged.
+        power: to which attention is raised before it is summed over the entries.
 
     Returns:
-        [B, all heads] float64.
+        [B, all heads] float64, means over the blocks.
     """
     total = torch.zeros(queries.shape[0], observed.heads, dtype=torch.float64, device=queries.device)
     for end in range(queries.shape[1], 0, -block):
@@ -113,7 +126,8 @@ def distant_share(observed: Observed, queries: Tensor, positions: Tensor, window
         newest = replace(observed, seen=(positions[:, own].amax(1) + 1).to(observed.seen.dtype))
         candidates, mass = candidates_of(newest, window_attention(observed, queries[:, own], positions[:, own]), window)
         # A mean over the block's columns, of which padding gives nothing.
-        total += torch.where(candidates, mass.double(), 0.0).cumsum(-1)[..., -1] * (own.stop - own.start)
+        found = torch.where(candidates, mass.double(), 0.0) ** power
+        total += found.cumsum(-1)[..., -1] * (own.stop - own.start)
     return total / (positions >= 0).sum(-1, keepdim=True).clamp(min=1)
 
 
