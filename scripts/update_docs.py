@@ -371,6 +371,8 @@ MAKERS: dict[str, Callable[[], str]] = {
     "plan-list": plan_list,
     "heads": heads,
     "layer-errors": method_tables.layer_errors,
+    "images-methods": method_tables.images_methods,
+    "segments": method_tables.segments,
     "compiled-tables": method_tables.compiled_tables,
     "head-needs": head_need_tables.needs,
     "head-predictors-images": head_need_tables.predictors_of_images,
