@@ -27,7 +27,7 @@ def method_rows() -> str:
     }
     images = {
         (run["method"], budget_label(run["budget"])): percent(run["summary"]["outcomes"]["all_right"]["mean"], 0)
-        for folder in ("images", "images_methods")
+        for folder in ("images_methods", "images")  # of two runs of a method, the one on more captions
         for run in load(f"{folder}/results.json")["runs"]
         if run["method"] != FULL
     }
@@ -46,7 +46,7 @@ def method_rows() -> str:
             "" if cost is None else percent(cost["nbytes"] / cost["nbytes_full"]),
         ]
         if full:
-            best = load("images_methods/results.json")["runs"][0]["summary"]["outcomes"]["all_right"]["mean"]
+            best = load("images/results.json")["runs"][0]["summary"]["outcomes"]["all_right"]["mean"]
             drawn, costs = [percent(best, 0)] * 2, [percent(1.0, 0), percent(1.0, 0), percent(1.0)]
         rows.append(["full cache" if full else f"`{name}`", *answered, *drawn, *costs])
     heads = ["method", "before, 1/4", "before, 1/8", "after, 1/4", "after, 1/8", "image, 1/6", "image, 1/8"]

@@ -372,6 +372,7 @@ MAKERS: dict[str, Callable[[], str]] = {
     "heads": heads,
     "layer-errors": method_tables.layer_errors,
     "images-methods": method_tables.images_methods,
+    "method-rows": method_tables.method_rows,
     "segments": method_tables.segments,
     "compiled-tables": method_tables.compiled_tables,
     "head-needs": head_need_tables.needs,
