@@ -51,15 +51,15 @@ def image_forms() -> dict[str, Pieces]:
     """Name -> pieces: eviction as in `headkv` by logits or as in `snapkv` by attention, with budgets of every form."""
     logits, attention = (RecentQueries(), Stratified()), (WindowAttention(pool=1), BY_SCORE)
     largest, spread = (QueryLogits("largest"), BY_SCORE), (QueryLogits("spread"), BY_SCORE)
+    pointed = Proportional(scope="model", statistic="pointed", contrast=4.0, most=16.0)
     forms: dict[str, tuple[tuple[Scorer, Stratified], Allocator]] = {
         "logits, all global": (logits, Uniform(window_rows=2.0)),
         "logits, curves model": (logits, MassCurves(scope="model")),
-        "logits, distant model": (logits, Proportional(scope="model", statistic="distant")),
+        "logits, pointed contrast 4 model": (logits, pointed),
         "attention, curves model": (attention, MassCurves(scope="model")),
-        "attention, distant model": (attention, Proportional(scope="model", statistic="distant")),
+        "attention, pointed contrast 4 model": (attention, pointed),
         "largest logit, uniform": (largest, Uniform()),
         "logit spread, uniform": (spread, Uniform()),
-        "largest logit, curves model": (largest, MassCurves(scope="model")),
         "attention, curves model again": (attention, MassCurves(scope="model")),
     }
     return {
@@ -103,11 +103,26 @@ def text_forms() -> dict[str, Pieces]:
         "distant of 64 contrast 4 up to 16 model": Proportional(
             window=8, scope="model", statistic="distant", grouping_queries=64, most=16.0, contrast=4.0
         ),
+        "pointed of 64 contrast 4 up to 8 model": Proportional(
+            window=8, scope="model", statistic="pointed", grouping_queries=64, most=8.0, contrast=4.0
+        ),
+        "pointed of 64 contrast 4 model": Proportional(
+            window=8, scope="model", statistic="pointed", grouping_queries=64, contrast=4.0
+        ),
+        "pointed of 64 contrast 8 up to 16 model": Proportional(
+            window=8, scope="model", statistic="pointed", grouping_queries=64, most=16.0, contrast=8.0
+        ),
+        "pointed contrast 4 up to 16 model": Proportional(
+            window=8, scope="model", statistic="pointed", most=16.0, contrast=4.0
+        ),
         "table": HeadTableShares(window=8),
     }
+    best = "pointed of 64 contrast 4 up to 16 model"
     tried = {
         **{(score, form): allocator for score in scorers for form, allocator in forms.items()},
         **{("keys", form): allocator for form, allocator in distant.items()},
+        ("attention", best): distant[best],
+        ("attention", "table"): distant["table"],
     }
     return {
         f"{score}, {form}": Pieces(scorers[score], allocator, BY_SCORE, EachInterval())
