@@ -19,6 +19,7 @@ from headkv_mm.model_pool import ModelPool
 from headkv_mm.pieces import Allocator
 from headkv_mm.plan import LayerPlace
 from headkv_mm.registry import get_method
+from headkv_mm.schedules import AfterGrouping
 
 from .test_text_properties import Driver as TextDriver
 from .test_text_properties import check, events
@@ -203,3 +204,14 @@ def test_a_layer_that_does_not_wait_says_so() -> None:
     driver = ImageDriver("curves model", ImageGrid(8, 5), 12, [3], 1, [0])
     with pytest.raises(RuntimeError, match="has decided already"):
         driver.layers[0].waiting()
+
+
+def test_rows_between_divisions_are_checked() -> None:
+    with pytest.raises(ValueError, match="regroup_rows must be a whole number of rows, at least 1, got 0"):
+        AfterGrouping(regroup_rows=0)
+    plan = image_plan(12, ImageGrid(8, 5))
+    never, again = AfterGrouping(grouping_rows=3), AfterGrouping(grouping_rows=3, regroup_rows=2)
+    assert [again.divides_anew(count - 1, count, plan) for count in (15, 20, 25, 35)] == [False, False, True, True]
+    assert again.divides_anew(18, 31, plan)  # a chunk may pass it
+    assert not again.divides_anew(5, 24, plan)  # before the first division there is nothing to divide anew
+    assert not never.divides_anew(24, 25, plan)
