@@ -48,9 +48,10 @@ NOTE = (
 
 
 REMARKS = {
-    "images": "Every method keeps the same number of entries and evicts first after row 4. Held is every byte at the end "
-    "of the image: methods that look at single queries again hold those of the last row too, so at one budget they hold "
-    "more; compare them at the bytes held. 1/16 of 256 tokens is less than one row and two tokens, which must stay.",
+    "images": "Every method keeps the same number of entries and evicts first after row 4. Held is every byte at the "
+    "end of the image: methods that look at single queries again hold those of the last row too, so at one budget they "
+    "hold more; compare them at the bytes held. 1/16 of 256 tokens is less than one row and two tokens, which must "
+    "stay.",
     "text": "1,024 tokens, seven tasks, compressed before any question is known. Every method keeps the same number of "
     "entries; methods that look at attention while decoding hold a number more per entry.",
 }
@@ -139,13 +140,16 @@ def text_forms() -> dict[str, Pieces]:
     }
 
 
-def register(forms: dict[str, Pieces], kind: str) -> list[str]:
-    """Register the forms under names that can stand in file names."""
-    names = []
-    for name, pieces in forms.items():
-        names.append(name.replace(", ", "+").replace(" ", "-"))
-        register_method(names[-1], **{kind: pieces}, description=name)
-    return names
+def method_name(form: str) -> str:
+    """A form's name as it can stand in file names."""
+    return form.replace(", ", "+").replace(" ", "-")
+
+
+def register_forms() -> None:
+    """Make methods of the forms; one name may stand for a form for images and one for texts."""
+    image, text = image_forms(), text_forms()
+    for form in dict.fromkeys((*image, *text)):
+        register_method(method_name(form), image=image.get(form), text=text.get(form), description=form)
 
 
 def summary(run: dict[str, Any], kind: str) -> dict[str, Any]:
@@ -192,7 +196,7 @@ def interval(found: dict[str, float], factor: float, digits: int = 1) -> str:
 
 def run_images(args: argparse.Namespace) -> dict[str, Any]:
     """All forms and the methods beside them on captions."""
-    names = register(image_forms(), "image")
+    names = map(method_name, image_forms())
     settings = EvaluationSettings(
         methods=("none", "headkv", "lines", "snapkv", "adakv", "keydiff", "streaming", *names),
         budgets=args.image_budgets,
@@ -205,7 +209,7 @@ def run_images(args: argparse.Namespace) -> dict[str, Any]:
 
 def run_text(args: argparse.Namespace) -> dict[str, Any]:
     """All forms and the methods beside them on documents."""
-    names = register(text_forms(), "text")
+    names = map(method_name, text_forms())
     settings = TextSettings(
         methods=("none", "headkv", "snapkv", "adakv", "keydiff", "headkv-r2", *names),
         budgets=args.text_budgets,
@@ -229,6 +233,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--runs", type=Path, required=True, metavar="DIR", help="folder of single runs")
     parser.add_argument("--output", type=Path, required=True, metavar="DIR", help="gets results.json and table.md")
     args = parser.parse_args(arguments)
+    register_forms()
     path = args.output / "results.json"
     content: dict[str, Any] = read_json(path) if path.is_file() else {"format": 1}
     for kind in args.kinds:
