@@ -137,7 +137,7 @@ register_method(
 register_method(
     "ams",
     image=Pieces(ExpectedAttention(), Uniform(), MassSegments(), EachRow()),
-    # Any scorer goes with the selector. Of those tried on documents of their own this one kept the most that was needed.
+    # Any scorer goes with the selector. Of those tried on documents of their own this one kept most of what was needed.
     text=Pieces(KeyDifference(), Uniform(window=8), MassSegments(), EachInterval()),
     description="Every stretch of the text keeps a quota by its attention, and in it the best by any scorer.",
     source="arXiv 2605.23200",
@@ -145,7 +145,7 @@ register_method(
 register_method(
     "compilerkv",
     text=Pieces(ValueWeighted(), RiskGate(), _BY_SCORE, EachInterval()),
-    description="Experimental: the same entries in all heads of a layer, by tables compiled for a model; fewer if poor.",
+    description="Experimental: one set of entries per layer, by tables compiled for the model; it may keep fewer.",
     source="arXiv 2602.08686",
 )
 register_method(

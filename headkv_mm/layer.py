@@ -330,9 +330,7 @@ class HeadKVLayer(CacheLayerMixin):
         if self.plan is None or self.pieces is None or self.plan.keeps_all:
             self._append_dense(keys, values)
         elif isinstance(self.plan, ImagePlan):
-            self.compressor = ImageCompressor(
-                self.pieces, self.plan, keys, values, visible, row_prompt, self.pool
-            )
+            self.compressor = ImageCompressor(self.pieces, self.plan, keys, values, visible, row_prompt, self.pool)
         elif isinstance(self.plan, TextPlan):
             left = LeftPadded.of(keys, values, visible, prompt, None if passed is None else passed.positions)
             self._dense_bytes = left.keys.nbytes + left.values.nbytes

@@ -127,6 +127,7 @@ def test_defaults_of_the_paper() -> None:
         "anchor_rows": 0.0,
         "sinks": 4,
         "grouping_rows": 4,
+        "regroup_rows": None,
     }
 
 

@@ -14,6 +14,7 @@ from headkv_mm.demo.scenes import caption, unseen_scenes
 from headkv_mm.demo.tokenizer import prompt_words
 from headkv_mm.evaluation.fidelity import compare, divergence, first_affected_token, forced_scores
 from headkv_mm.evaluation.prompts import Prompts, encode
+from headkv_mm.llamagen.prompts import id_rows
 
 SCENES = unseen_scenes(3, 0)
 
@@ -81,7 +82,8 @@ def test_prompts_are_the_words_of_the_scene(model: Any) -> None:
 
 def test_the_unconditional_rows_are_those_of_generation(model: Any) -> None:
     prompts = encode(model, [caption(scene) for scene in SCENES])
-    ids, mask = model._negative_prompt(prompts.ids, None, None)
+    rows = id_rows(model.config, prompts.ids, None, None, None, guided=True)
+    ids, mask = rows.inputs["input_ids"][len(SCENES) :], rows.mask[len(SCENES) :]
     assert torch.equal(prompts.negative_mask, mask)
     assert torch.equal(prompts.negative_ids[mask.bool()], ids[mask.bool()])
 
