@@ -16,8 +16,8 @@ from .table_files import (
     TableFormat,
     check_fingerprint,
     full_attention_layers,
-    is_model,
     read_table,
+    shipped_table,
     table_text,
     text_config,
     typed,
@@ -139,16 +139,9 @@ def compiled_tables_for(model_or_config: Any, tables: str | os.PathLike[str] | N
         found = load_compiled_tables(tables)
         check_compiled_tables(found, model_or_config)
         return found
-    from .demo import text_model_path
-
-    if is_model(model_or_config):
-        try:
-            shipped = load_compiled_tables(text_model_path() / SHIPPED_NAME)
-            check_compiled_tables(shipped, model_or_config)
-        except (ValueError, FileNotFoundError):
-            pass  # another model, or the embedded one was not installed
-        else:
-            return shipped
+    shipped = shipped_table(model_or_config, SHIPPED_NAME, load_compiled_tables, check_compiled_tables)
+    if shipped is not None:
+        return shipped
     raise ValueError(
         f"there are no compiled tables for this model; {FORMAT.make_one} and pass tables='FILE.json', or pass "
         f"tables={IDENTITY!r} to do without"

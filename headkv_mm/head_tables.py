@@ -16,8 +16,8 @@ from .table_files import (
     TableFormat,
     check_fingerprint,
     full_attention_layers,
-    is_model,
     read_table,
+    shipped_table,
     table_text,
     text_config,
     typed,
@@ -162,30 +162,15 @@ def head_table_for(model_or_config: Any, table: str | os.PathLike[str] | None = 
             )
         check_head_table(found, model_or_config)
         return found
-    shipped = _shipped(kind)
-    if shipped is not None and is_model(model_or_config):
-        try:
-            check_head_table(shipped, model_or_config)
-        except ValueError:
-            pass  # another model: there is no table for it yet
-        else:
-            return shipped
+    shipped = shipped_table(model_or_config, SHIPPED[kind], load_head_table, check_head_table)
+    if shipped is not None:
+        return shipped
     raise ValueError(f"there is no head table for this model; {_make_one(kind)} and pass table='FILE.json'")
 
 
 def _make_one(kind: str) -> str:
     option = "" if kind == "r2" else f" --kind {kind}"
     return f"make one with `headkv-mm heads MODEL{option} --output FILE.json`"
-
-
-def _shipped(kind: str) -> HeadTable | None:
-    """The embedded language model's table, None if it was not installed."""
-    from .demo import text_model_path
-
-    try:
-        return load_head_table(text_model_path() / SHIPPED[kind])
-    except FileNotFoundError:
-        return None
 
 
 def _read(content: Mapping[str, Any]) -> HeadTable:

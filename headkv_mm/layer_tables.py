@@ -13,8 +13,8 @@ from .table_files import (
     TableFormat,
     check_fingerprint,
     full_attention_layers,
-    is_model,
     read_table,
+    shipped_table,
     table_text,
     text_config,
     typed,
@@ -89,16 +89,9 @@ def layer_table_for(model_or_config: Any, table: str | os.PathLike[str] | None =
         found = load_layer_table(table)
         _check(found, model_or_config)
         return found
-    from .demo import text_model_path
-
-    if is_model(model_or_config):
-        try:
-            shipped = load_layer_table(text_model_path() / SHIPPED_NAME)
-            _check(shipped, model_or_config)
-        except (ValueError, FileNotFoundError):
-            pass  # another model, or the embedded one was not installed
-        else:
-            return shipped
+    shipped = shipped_table(model_or_config, SHIPPED_NAME, load_layer_table, _check)
+    if shipped is not None:
+        return shipped
     raise ValueError(f"there is no layer table for this model; {FORMAT.make_one} and pass layer_table='FILE.json'")
 
 

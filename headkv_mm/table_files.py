@@ -101,6 +101,38 @@ def read_table(path: str | os.PathLike[str], format: TableFormat, make: Callable
         raise ValueError(f"{name} is damaged: {error}; {format.make_one}") from None
 
 
+def shipped_table(
+    model_or_config: Any, name: str, load: Callable[[Path], Table], check: Callable[[Table, Any], None]
+) -> Table | None:
+    """The table that ships with the embedded language model, if that is the model.
+
+    Args:
+        model_or_config: a transformers model; a configuration alone has no table.
+        name: the table's file beside the embedded model's weights.
+        load: reads it.
+        check: raises ValueError for a table of another model.
+
+    Returns:
+        None for another model, or if the embedded one was not installed.
+
+    Raises:
+        ValueError: if the file is damaged.
+    """
+    from .demo import text_model_path
+
+    if not is_model(model_or_config):
+        return None
+    try:
+        found = load(text_model_path() / name)
+    except FileNotFoundError:
+        return None
+    try:
+        check(found, model_or_config)
+    except ValueError:
+        return None
+    return found
+
+
 def typed(content: Mapping[str, Any], name: str, kind: type) -> Any:
     """A field of a table.
 
