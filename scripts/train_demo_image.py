@@ -50,6 +50,7 @@ def parse_arguments() -> argparse.Namespace:
         default=24_000,
         help="training images after those, with dropout of past entries, so that the model stands a compressed cache",
     )
+    parser.add_argument("--layers", type=int, default=5, help="blocks of the model")
     parser.add_argument("--processes", type=int, default=2, help="CPU processes of one thread each")
     parser.add_argument("--batch-size", type=int, default=32, help="images per step, over all processes")
     parser.add_argument("--seed", type=int, default=0, help="seed of the starting weights and of the data")
@@ -62,7 +63,7 @@ def parse_arguments() -> argparse.Namespace:
     arguments = parser.parse_args()
     if arguments.checkpoint is None:
         arguments.checkpoint = arguments.output.with_name(arguments.output.name + ".checkpoint.safetensors")
-    for name in ("images", "processes", "batch_size", "peek_images", "evaluation_captions"):
+    for name in ("images", "layers", "processes", "batch_size", "peek_images", "evaluation_captions"):
         if getattr(arguments, name) < 1:
             parser.error(f"--{name.replace('_', '-')} must be at least 1")
     if arguments.forgetful_images < 0:
@@ -107,7 +108,7 @@ def train(rank: int, arguments: argparse.Namespace, port: int) -> None:
         torch.set_num_threads(1 if processes > 1 else torch.get_num_threads())
     if processes > 1:
         dist.init_process_group("gloo", f"tcp://127.0.0.1:{port}", rank=rank, world_size=processes)
-    model = build_untrained_model(arguments.seed).to(device).train()
+    model = build_untrained_model(arguments.seed, arguments.layers).to(device).train()
     parameters = list(model.parameters())
     blocks = {id(item) for item in model.model.language_model.layers.parameters() if item.ndim == 2}
     muon = Muon([item for item in parameters if id(item) in blocks], lr=MUON_RATE)

@@ -131,7 +131,7 @@ def export_model(
         (temporary / "evaluation.json").write_text(
             json.dumps({"training": training, **evaluation}, indent=2) + "\n", encoding="utf-8"
         )
-        (temporary / "README.md").write_text(model_card(evaluation, training), encoding="utf-8")
+        (temporary / "README.md").write_text(model_card(model, evaluation, training), encoding="utf-8")
         for file in temporary.iterdir():
             file.chmod(0o644)  # safetensors makes files that only their owner can read
         if folder.exists():
@@ -145,7 +145,9 @@ def export_model(
         shutil.rmtree(temporary, ignore_errors=True)  # left over only if something failed
 
 
-def model_card(evaluation: dict[str, Any], training: dict[str, Any]) -> str:
+def model_card(
+    model: LlamaGenForConditionalGeneration, evaluation: dict[str, Any], training: dict[str, Any]
+) -> str:
     """The folder's README with the measured numbers."""
 
     def row(result: dict[str, Any]) -> str:
@@ -157,6 +159,11 @@ def model_card(evaluation: dict[str, Any], training: dict[str, Any]) -> str:
     def rows(part: str) -> str:
         return "\n".join(row(result) for result in evaluation[part]["results"])
 
+    text = model.config.get_text_config()
+    size = (
+        f"{text.num_hidden_layers} blocks, width {text.hidden_size}, {text.num_attention_heads} heads, "
+        f"{sum(item.numel() for item in model.parameters()) / 1e6:.2f} M parameters"
+    )
     header = "| temperature | top-k | guidance | all right |\n|---|---|---|---|"
     return f"""---
 license: apache-2.0
@@ -164,7 +171,7 @@ pipeline_tag: text-to-image
 ---
 # Coloured shapes: a small autoregressive text-to-image model
 
-A Llama-style transformer (5 blocks, width 128, 4 heads, 1.05 M parameters) that draws 64x64-pixel scenes of one to
+A Llama-style transformer ({size}) that draws 64x64-pixel scenes of one to
 three flat shapes as 16x16 image tokens, in the manner of LlamaGen (arXiv:2406.06525) with two-axis rotary positions.
 Every token is a 4x4-pixel patch from an exact dictionary of 369 patches, so there is no learned image tokeniser.
 

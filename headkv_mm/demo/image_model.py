@@ -20,8 +20,12 @@ def word_ids() -> dict[str, int]:
     return {word: patch_dictionary().size + index for index, word in enumerate(WORDS)}
 
 
-def demo_config() -> LlamaGenConfig:
-    """The embedded model's configuration: 5 blocks of width 128 with 4 heads, a 16x16 grid, 1.05 M parameters."""
+def demo_config(layers: int = 5) -> LlamaGenConfig:
+    """The embedded model's configuration: 5 blocks of width 128 with 4 heads, a 16x16 grid, 1.05 M parameters.
+
+    Args:
+        layers: number of blocks, for a model like it of another depth.
+    """
     codes, ids = patch_dictionary().size, word_ids()
     return LlamaGenConfig(
         text_config={
@@ -29,7 +33,7 @@ def demo_config() -> LlamaGenConfig:
             "vocab_size": codes + len(WORDS),
             "hidden_size": 128,
             "intermediate_size": 320,
-            "num_hidden_layers": 5,
+            "num_hidden_layers": layers,
             "num_attention_heads": 4,
             "num_key_value_heads": 4,
             "max_position_embeddings": MAX_PROMPT_LENGTH + GRID_SIZE**2,
@@ -50,7 +54,7 @@ def demo_config() -> LlamaGenConfig:
     )
 
 
-def build_untrained_model(seed: int) -> LlamaGenForConditionalGeneration:
+def build_untrained_model(seed: int, layers: int = 5) -> LlamaGenForConditionalGeneration:
     """The embedded model before training.
 
     Codes and words that show or name the same pattern, colour or background start with a shared random part, so that
@@ -58,11 +62,12 @@ def build_untrained_model(seed: int) -> LlamaGenForConditionalGeneration:
 
     Args:
         seed: seed of the random start.
+        layers: number of blocks; the embedded model has 5.
 
     Returns:
         A float32 model with the pixel codebook filled in.
     """
-    config = demo_config()
+    config = demo_config(layers)
     model = LlamaGenForConditionalGeneration(config)
     dictionary = patch_dictionary()
     generator = torch.Generator().manual_seed(seed)
