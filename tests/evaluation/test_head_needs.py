@@ -22,6 +22,7 @@ from headkv_mm.evaluation.heads.allocations import (
 )
 from headkv_mm.evaluation.heads.attending import RecordedRow, recorded_calls
 from headkv_mm.evaluation.heads.needs import entries_needed, future_gains, image_stretches, resampled
+from headkv_mm.evaluation.heads.pointed import Behind, pointed_attention
 from headkv_mm.evaluation.heads.rankings import LAST_ROW, scores_before, value_sizes
 from headkv_mm.evaluation.heads.ranks import spearman, spearman_within
 from headkv_mm.evaluation.heads.statistics import Seen, backward_tokens, best_entries, early_need, statistics
@@ -90,7 +91,8 @@ def test_statistics_are_those_of_plain_loops(model: Any, recorded: Any) -> None:
     layers, maps, grams = recorded
     for layer, attention, gram, block in zip(layers, maps, grams, model.model.language_model.layers, strict=True):
         first, end = layer.first, layer.first + 4 * ROW
-        seen = Seen.at(layer, end=end, row=ROW, sizes=value_sizes(layer, gram))
+        behind = Behind(queries=ROW, window=ROW, first=first)
+        seen = Seen.at(layer, end=end, row=ROW, sizes=value_sizes(layer, gram), behind=behind)
         found = statistics(seen)
         weight = block.self_attn.o_proj.weight.T.unflatten(0, (GROUPS * GROUP, -1))  # [H, D, hidden]
         for head in range(GROUPS):
@@ -124,6 +126,11 @@ def test_statistics_are_those_of_plain_loops(model: Any, recorded: Any) -> None:
             assert one["attention beyond the last row"] == pytest.approx(sum(own[:-ROW]), abs=1e-5)
             outside = sum(sorted(mass, reverse=True)[len(mass) // 8 :])
             assert one["attention outside the best 1/8 of the entries"] == pytest.approx(outside, abs=1e-5)
+            squares = 0.0
+            for query in range(end - ROW, end):
+                far = attention[list(members), query, first : query + 1 - ROW].double().mean(0)
+                squares += float(far.square().sum()) / ROW
+            assert one["pointed attention"] == pytest.approx(squares, rel=1e-3)
             size = 0.0
             for place, member in enumerate(members):
                 norms = (layer.values[head, first:end] @ weight[member].detach()).norm(dim=-1)  # [n]
@@ -158,6 +165,23 @@ def test_sinks_and_softcap_change_the_attention() -> None:
     logits = [2.0 * float(torch.tanh(query[0, 1, 4] @ keys[0, entry] * 0.7 / 2.0)) for entry in range(5)]
     below = sum(torch.tensor([*logits, -1.0]).exp().tolist())
     assert found.tolist() == pytest.approx((torch.tensor(logits).exp() / below).tolist(), rel=1e-5)
+
+
+def test_every_query_has_its_own_window_and_the_first_entries_do_not_count() -> None:
+    generator = torch.Generator().manual_seed(2)
+    query, keys = torch.randn(1, 2, 90, 4, generator=generator), torch.randn(1, 90, 4, generator=generator)
+    layer = RecordedRow(query, keys, keys, 0.5, 0.0, None, 0)
+    attention = layer.attention(0, 90).double().mean(1)[0]  # [90, 90]
+    for count in (1, 70, 90):  # more than are read together, too
+        expected = sum(float(attention[at, 3 : max(at - 4, 3)].square().sum()) for at in range(90 - count, 90)) / count
+        found = pointed_attention(layer, 90, Behind(queries=count, window=5, first=3))
+        assert found.tolist() == pytest.approx([expected], rel=1e-4)
+    # One entry that gets everything counts more than many that share it.
+    sharp = RecordedRow(10 * query, keys, keys, 0.5, 0.0, None, 0)
+    behind = Behind(queries=70, window=5, first=3)
+    assert float(pointed_attention(sharp, 90, behind)) > 2 * float(pointed_attention(layer, 90, behind))
+    # There may be fewer queries than are asked for, and then none with anything behind its window.
+    assert float(pointed_attention(layer, 4, Behind(queries=64, window=8, first=0))) == 0
 
 
 def test_counting_stops_when_the_share_is_reached() -> None:
@@ -266,5 +290,15 @@ def test_rankings_are_those_of_plain_loops(recorded: Any) -> None:
                 assert one["mean logit of the last row"] == pytest.approx(mean, rel=1e-3, abs=1e-4)
                 most = max(logit for (_, query), logit in logits.items() if query >= entry) * layer.scale
                 assert one["largest logit of the last row"] == pytest.approx(most, rel=1e-3, abs=1e-4)
+                spread = sum(
+                    torch.tensor([logits[member, query] * layer.scale for query in range(begin - ROW, begin)])
+                    .double()
+                    .std(correction=0)
+                    .item()
+                    for member in range(GROUP)
+                )
+                assert one["spread of the last row's logits"] == pytest.approx(spread / GROUP, rel=1e-3, abs=1e-5)
+                most = float(last.max())
+                assert one["largest attention of a query of the last row"] == pytest.approx(most, rel=1e-3, abs=1e-5)
                 assert one["keys unlike the others"] == pytest.approx(-float(unit[entry - first] @ anchor), abs=1e-5)
                 assert one["newest"] == entry - first

@@ -19,6 +19,7 @@ from headkv_mm.evaluation.heads.report import evaluate_heads
 from headkv_mm.evaluation.heads.settings import HeadSettings
 from headkv_mm.evaluation.heads.summary import results
 from headkv_mm.evaluation.heads.tables import markdown
+from headkv_mm.head_tables import HeadTable
 
 from .text_model import small_text_model, tokenizer
 
@@ -63,6 +64,32 @@ def test_the_oracle_has_no_regret_and_nothing_has_less(finished: tuple[Path, dic
             assert min(one["low"] for one in regrets.values()) >= -1e-12
             assert uniform["budgets"][budget][scope]["over_uniform"]["mean"] == 0
             assert shuffled["budgets"][budget][scope]["regret"]["mean"] > regrets["oracle needs"]["mean"]
+
+
+def test_powers_of_pointed_attention_rank_alike_and_divide_differently(finished: tuple[Path, dict[str, Any]]) -> None:
+    _, content = finished
+    plain, fourth, eighth = (
+        predictor(content, f"pointed attention{contrast}") for contrast in ("", ", contrast 4", ", contrast 8")
+    )
+    assert plain["spearman"] == fourth["spearman"] == eighth["spearman"]
+    regrets = [one["budgets"]["1/8"]["model"]["regret"]["mean"] for one in (plain, fourth, eighth)]
+    assert len(set(regrets)) == 3
+
+
+def test_tables_known_of_the_heads_are_predictors(model: Any, finished: tuple[Path, dict[str, Any]]) -> None:
+    folder, content = finished
+    shared = {key: value for key, value in content["settings"].items() if key not in ("budgets", "floor", "share")}
+    items = [
+        item
+        for name in ("images-00000", "images-00002")
+        for item in read_measured(folder / "runs" / f"{name}.safetensors", shared) or []
+    ]
+    tables = {"lopsided": torch.tensor([[1.0, 0.0], [0.0, 0.0]]), "level": torch.ones(2, 2)}
+    found = results(IMAGES, items, shared, {"commit": None}, tables)
+    lopsided, level, uniform = (predictor(found, name) for name in ("lopsided", "level", "uniform"))
+    assert lopsided["kind"] == "others"
+    assert level["budgets"] == uniform["budgets"]
+    assert lopsided["budgets"]["1/8"]["model"]["regret"]["mean"] > uniform["budgets"]["1/8"]["model"]["regret"]["mean"]
 
 
 def test_no_ranking_beats_the_best_entries(finished: tuple[Path, dict[str, Any]]) -> None:
@@ -139,7 +166,7 @@ def test_texts_are_measured_to_the_end_of_their_answers(monkeypatch: pytest.Monk
         assert "attention outside the first 4 entries" in item.statistics
     assert stretches[1][1][0][1] - stretches[1][0] > stretches[0][1][0][1] - stretches[0][0]  # two turns
     content = results(
-        TEXT, items, {**TEXT.measuring(), "dtype": "float32", "device": "cpu", "model": ""}, {"commit": None}
+        TEXT, items, {**TEXT.measuring(), "dtype": "float32", "device": "cpu", "model": ""}, {"commit": None}, {}
     )
     assert "before any question" in markdown(content)
 
@@ -197,6 +224,17 @@ def test_nonsense_is_refused_in_one_line(
 def test_settings_are_checked(given: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         HeadSettings(**given)
+
+
+def test_tables_that_ship_are_looked_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = small_text_model()
+    assert Texts(model, tokenizer(), TEXT).tables == {}  # they are of the embedded model
+    config = model.config
+    scores = torch.rand(config.num_hidden_layers, config.num_attention_heads).tolist()
+    shipped = HeadTable("r2", "", tuple(map(tuple, scores)), config.num_key_value_heads, 2, 1)
+    asked = {"heads.json": shipped}
+    monkeypatch.setattr(materials, "shipped_table", lambda model, name, load, check: asked.get(name))
+    assert torch.equal(Texts(model, tokenizer(), TEXT).tables["shipped head table, r2"], shipped.kv_scores())
 
 
 def test_material_must_fit_the_model(model: Any) -> None:

@@ -18,7 +18,9 @@ from headkv_mm.demo.scenes import caption, unseen_scenes
 from headkv_mm.evaluation.heads.attending import RecordedRow, recorded_calls
 from headkv_mm.evaluation.heads.measured import Measured, measure
 from headkv_mm.evaluation.heads.needs import image_stretches
+from headkv_mm.evaluation.heads.pointed import TEXT_QUERIES, TEXT_WINDOW, Behind
 from headkv_mm.evaluation.heads.settings import HeadSettings
+from headkv_mm.evaluation.heads.statistics import SINKS
 from headkv_mm.evaluation.images import Batch, generate
 from headkv_mm.evaluation.prompts import encode
 from headkv_mm.evaluation.settings import FULL, EvaluationSettings
@@ -26,16 +28,24 @@ from headkv_mm.evaluation.text.answering import Reader, stop_tokens
 from headkv_mm.evaluation.text.cells import document_depth
 from headkv_mm.evaluation.text.recording import Recording
 from headkv_mm.evaluation.text.tokens import Encoder, Tokens
+from headkv_mm.head_tables import SHIPPED, check_head_table, load_head_table
 from headkv_mm.image_grid import ImageGrid
 from headkv_mm.output_projections import OutputProjections
+from headkv_mm.table_files import shipped_table
 
 OnItem = Callable[[int], object]
 
 
 class Material(Protocol):
-    """Items that can be measured."""
+    """Items that can be measured.
+
+    Attributes:
+        model: on its device.
+        tables: by name [L, G], numbers that are known of the model's heads before any item is.
+    """
 
     model: Any
+    tables: dict[str, Tensor]
 
     def measure(self, first: int, end: int, on_item: OnItem) -> list[Measured]:
         """Measure items `first` to `end - 1`; each depends on the settings and its number only."""
@@ -62,6 +72,7 @@ class Images:
                 f"the image has {grid.height} rows, so a decision after {settings.rows} is none: use fewer rows"
             )
         self.model, self._settings, self._grid = model.eval(), settings, grid
+        self.tables: dict[str, Tensor] = {}
         self._scenes = unseen_scenes(settings.items, settings.seed)
         self._seeds = EvaluationSettings(methods=(FULL,), seed=settings.seed).image_seed
         self._grams = _Grams(model)
@@ -93,6 +104,7 @@ class Images:
                     self._grams.of(layers),
                     decided=condition + self._settings.rows * row,
                     row=row,
+                    behind=Behind(queries=row, window=row, first=condition),
                     stretches=image_stretches(condition, row, self._grid.height, self._settings.rows),
                     entries=self._grid.tokens,
                 )
@@ -121,6 +133,7 @@ class Texts:
                 "use a shorter length"
             )
         self.model, self._settings = model.eval(), settings
+        self.tables = _shipped_tables(model)
         self._encoder = Encoder(tokenizer)
         self._reader = Reader(model, stop_tokens(model, tokenizer))
         self._grams = _Grams(model)
@@ -158,6 +171,7 @@ class Texts:
             self._grams.of(layers),
             decided=count,
             row=window,
+            behind=Behind(queries=TEXT_QUERIES, window=TEXT_WINDOW, first=SINKS),
             stretches=[(count, total)],
             entries=count,
         )
@@ -178,6 +192,12 @@ class Texts:
 
     def _tokens(self, ids: list[int]) -> Tokens:
         return Tokens.padded([ids], self._encoder.pad, self.model.device)
+
+
+def _shipped_tables(model: Any) -> dict[str, Tensor]:
+    """Head tables that ship for this model, by name [L, G]; of most models there are none."""
+    found = {kind: shipped_table(model, name, load_head_table, check_head_table) for kind, name in SHIPPED.items()}
+    return {f"shipped head table, {kind}": table.kv_scores() for kind, table in found.items() if table is not None}
 
 
 class _Grams:

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from headkv_mm.evaluation.heads.attending import RecordedRow
 from headkv_mm.evaluation.heads.needs import Future, future_gains
+from headkv_mm.evaluation.heads.pointed import Behind
 from headkv_mm.evaluation.heads.rankings import scores_before, value_sizes
 from headkv_mm.evaluation.heads.statistics import Seen, statistics
 from headkv_mm.evaluation.storage import check_same, write_atomically
@@ -51,6 +52,7 @@ def measure(
     *,
     decided: int,
     row: int,
+    behind: Behind,
     stretches: Sequence[tuple[int, int]],
     entries: int,
 ) -> Measured:
@@ -61,6 +63,7 @@ def measure(
         grams: [G, R, D, D] of every layer.
         decided: entries when the method decides.
         row: queries of a row or window.
+        behind: the queries that are asked one by one when the method decides.
         stretches: of the rest of the generation, see `needs.future_gains`.
         entries: of a head with a full cache.
     """
@@ -69,7 +72,7 @@ def measure(
     for layer, gram in zip(layers, grams, strict=True):
         sizes = value_sizes(layer, gram)
         futures.append(future_gains(layer, stretches, scores_before(layer, stretches, row, sizes)))
-        looks.append(Seen.at(layer, end=decided, row=row, sizes=sizes))
+        looks.append(Seen.at(layer, end=decided, row=row, sizes=sizes, behind=behind))
     return Measured(
         future=_stacked([one.best for one in futures]),
         ranked=_by_name([one.ranked for one in futures]),

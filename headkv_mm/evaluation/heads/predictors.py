@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -12,9 +12,12 @@ from torch import Tensor
 from headkv_mm.evaluation.heads.allocations import in_scope, proportional, water_filled
 from headkv_mm.evaluation.heads.measured import Measured
 from headkv_mm.evaluation.heads.needs import entries_needed, resampled
+from headkv_mm.evaluation.heads.statistics import POINTED
 
 ORACLE = "oracle curves"
 UNIFORM = "uniform"
+CONTRASTS = (4, 8)
+"""Powers to which pointed attention is raised."""
 SHUFFLED = "oracle budgets, shuffled among the heads"
 
 
@@ -55,21 +58,27 @@ class Predictor:
     predictions: list[Prediction]
 
 
-def predictors(items: Sequence[Measured], share: float) -> list[Predictor]:
+def predictors(items: Sequence[Measured], share: float, tables: Mapping[str, Tensor]) -> list[Predictor]:
     """All predictors of some items.
 
     Args:
         items: at least two.
         share: of `needs.entries_needed`.
+        tables: by name [L, G], numbers that were measured on other material.
     """
     return [
         *(
             Predictor(name, "online", "proportional", [Prediction(item.statistics[name].double()) for item in items])
             for name in items[0].statistics
         ),
+        *_contrasted(items),
         _curves("attention of the last row, pooled", "online", [item.window for item in items], items, share),
         _curves("the same times projected value, pooled", "online", _of_one(items), items, share),
         *_of_others(items, share),
+        *(
+            Predictor(name, "others", "proportional", [Prediction(table.double())] * len(items))
+            for name, table in tables.items()
+        ),
         *_bounds(items, share),
     ]
 
@@ -83,6 +92,19 @@ def _curves(
     if form != "water-filled":
         predictions = [Prediction(one.need) for one in predictions]
     return Predictor(name, kind, form, predictions)
+
+
+def _contrasted(items: Sequence[Measured]) -> list[Predictor]:
+    """Powers of pointed attention: the same order of the heads, and more for those that are ahead."""
+    found = [item.statistics[POINTED].double() for item in items]
+    # In shares of the largest, so that a power of something small is not lost.
+    shares = [one / one.amax().clamp(min=torch.finfo(torch.float64).tiny) for one in found]
+    return [
+        Predictor(
+            f"{POINTED}, contrast {power}", "online", f"power {power}", [Prediction(one**power) for one in shares]
+        )
+        for power in CONTRASTS
+    ]
 
 
 def _of_one(items: Sequence[Measured]) -> list[Tensor]:

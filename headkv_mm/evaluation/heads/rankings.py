@@ -33,10 +33,13 @@ def scores_before(
     for begin, _ in stretches:
         added[:, :begin] += layer.mass(done, begin) * (begin - done)
         done = begin
-        attention = layer.attention(begin - row, begin).mean(2)[..., first:]  # [G, R, n]
+        single = layer.attention(begin - row, begin)[..., first:]  # [G, R, row, n]
+        attention = single.mean(2)  # [G, R, n]
         logits = layer.logits(begin - row, begin)[..., first:]  # [G, R, row, n]
-        # The logit of the mean query: also of those queries that came before the entry.
-        mean = layer.query[:, :, begin - row : begin].mean((1, 2))[..., None]  # [G, D, 1]
+        # Logits of all of the row, also of those queries that came before the entry.
+        asking = layer.query[:, :, begin - row : begin]  # [G, R, row, D]
+        mean = asking.mean((1, 2))[..., None]  # [G, D, 1]
+        asked = asking @ layer.keys[:, None, first:begin].mT * layer.scale  # [G, R, row, n]
         unit = normalize(layer.keys[:, first:begin], dim=-1)  # [G, n, D]
         anchor = normalize(unit.double().sum(1, keepdim=True), dim=-1).float()
         yield {
@@ -48,6 +51,8 @@ def scores_before(
             ),
             "mean logit of the last row": (layer.keys[:, first:begin] @ mean)[..., 0],
             "largest logit of the last row": logits.amax((1, 2)),
+            "spread of the last row's logits": asked.std(2, correction=0).mean(1),
+            "largest attention of a query of the last row": single.amax((1, 2)),
             "keys unlike the others": -(unit * anchor).sum(-1),
             "newest": torch.arange(begin - first, device=unit.device, dtype=unit.dtype).expand(unit.shape[:2]),
         }

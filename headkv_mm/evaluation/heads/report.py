@@ -39,7 +39,7 @@ def evaluate_heads(
     items = measure_all(material, settings, folder / "runs", progress=progress)
     shared = shared_settings(material.model, settings)
     origin = {"versions": versions(), "commit": commit()}
-    write_json(folder / "results.json", results(settings, items, shared, origin))
+    write_json(folder / "results.json", results(settings, items, shared, origin, material.tables))
     content = read_json(folder / "results.json")
     write_text(folder / "table.md", markdown(content))
     figure = needs_figure(content)

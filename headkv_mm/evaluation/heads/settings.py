@@ -11,6 +11,7 @@ from headkv_mm.demo.documents import TASKS
 from headkv_mm.evaluation.text.settings import DEFAULT_TASKS, Cell
 
 MATERIALS = ("images", "text")
+_FORMAT = 2  # of what is kept of an item; files of another one cannot be summed up
 
 
 @dataclass(frozen=True)
@@ -87,4 +88,4 @@ class HeadSettings:
             else {"tasks": list(self.tasks), "length": self.length, "window": self.window}
         )
         names = ("material", "items", "seed", "batch_size")
-        return {**{name: getattr(self, name) for name in names}, **own}
+        return {"format": _FORMAT, **{name: getattr(self, name) for name in names}, **own}

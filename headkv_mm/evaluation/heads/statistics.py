@@ -9,8 +9,10 @@ import torch
 from torch import Tensor
 
 from headkv_mm.evaluation.heads.attending import RecordedRow
+from headkv_mm.evaluation.heads.pointed import Behind, pointed_attention
 
 TAUS = (0.8, 0.9, 0.95, 0.97)
+POINTED = "pointed attention"
 SINKS = 4
 """First entries of a text that count as sinks."""
 _BEST = 8  # one in so many entries
@@ -24,6 +26,7 @@ class Seen:
         mass: [G, first + n] attention to everything, mean over the last row's queries and the group.
         own: by number of queries, [G, n] attention with each softmax over the n entries alone: one query, one row, two.
         valued: [G, n] attention to the n entries times the norm of their projected values, mean like `mass`.
+        pointed: [G] of `pointed.pointed_attention`.
         first: entries before them.
         row: tokens of a row, or of a text's window.
     """
@@ -31,11 +34,12 @@ class Seen:
     mass: Tensor
     own: dict[int, Tensor]
     valued: Tensor
+    pointed: Tensor
     first: int
     row: int
 
     @classmethod
-    def at(cls, layer: RecordedRow, *, end: int, row: int, sizes: Tensor) -> Seen:
+    def at(cls, layer: RecordedRow, *, end: int, row: int, sizes: Tensor, behind: Behind) -> Seen:
         """Look at the queries before `end`.
 
         Args:
@@ -43,11 +47,12 @@ class Seen:
             end: entries when the method decides.
             row: queries of a row or window.
             sizes: [G, R, T] norms of the projected values.
+            behind: the queries that are asked one by one.
         """
         first, attention = layer.first, layer.attention(end - row, end)  # [G, R, Q, end]
         valued = (attention.mean(2)[..., first:] * sizes[..., first:end]).mean(1)
         own = {count: layer.own_mass(end - count, end) for count in (1, row, 2 * row)}
-        return cls(attention.mean((1, 2)), own, valued, first, row)
+        return cls(attention.mean((1, 2)), own, valued, pointed_attention(layer, end, behind), first, row)
 
     @property
     def entries(self) -> Tensor:
@@ -103,6 +108,7 @@ def statistics(seen: Seen) -> dict[str, Tensor]:
     ages = torch.arange(own.shape[-1] - 1, -1, -1, device=own.device, dtype=own.dtype)
     found["mean distance"] = (own * ages).sum(-1)
     found["attention beyond the last row"] = own[:, :-row].sum(-1)
+    found[POINTED] = seen.pointed
     found["attention times size of the projected value"] = seen.valued.sum(-1)
     return {name: values.float() for name, values in found.items()}
 

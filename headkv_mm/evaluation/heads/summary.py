@@ -33,7 +33,11 @@ Measures = dict[str, list[float]]
 
 
 def results(
-    settings: HeadSettings, items: Sequence[Measured], shared: Mapping[str, Any], origin: Mapping[str, Any]
+    settings: HeadSettings,
+    items: Sequence[Measured],
+    shared: Mapping[str, Any],
+    origin: Mapping[str, Any],
+    tables: Mapping[str, Tensor],
 ) -> dict[str, Any]:
     """Sum up.
 
@@ -42,10 +46,11 @@ def results(
         items: as many as the settings say.
         shared: settings of the files.
         origin: versions and commit.
+        tables: by name [L, G], see `predictors.predictors`.
     """
     counts = resampling_counts(len(items), settings.resamples, settings.seed)
     needs = [entries_needed(item.future, settings.share).double() for item in items]
-    found = predictors(items, settings.share)
+    found = predictors(items, settings.share, tables)
     outcomes = {
         label: _outcomes(found, items, settings, budget, counts) for label, budget in _labelled(settings).items()
     }
