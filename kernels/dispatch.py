@@ -20,6 +20,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .mass_kinds import MassOf
+
 ENVIRONMENT_VARIABLE = "HEADKV_MM_KERNELS"
 BACKENDS = {"reference": ".reference", "numba": ".cpu", "triton": ".gpu"}
 HALF_AND_SINGLE = (torch.float32, torch.bfloat16, torch.float16)
@@ -103,6 +105,7 @@ def ragged_decode(
     softcap: float = 0.0,
     sinks: Tensor | None = None,
     mass: Tensor | None = None,
+    mass_of: MassOf = "attention",
 ) -> Tensor:
     """Attention of one query token per row over its regions, [B, H, D]. See `reference.ragged_decode`."""
     out: Tensor = _module(keys).ragged_decode(
@@ -116,6 +119,7 @@ def ragged_decode(
         softcap=softcap,
         sinks=sinks,
         mass=mass,
+        mass_of=mass_of,
     )
     return out
 
@@ -136,6 +140,7 @@ def append_decode(
     softcap: float = 0.0,
     sinks: Tensor | None = None,
     mass: Tensor | None = None,
+    mass_of: MassOf = "attention",
 ) -> Tensor:
     """`slot_write` and `ragged_decode` in one pass, [B, H, D]. See `reference.append_decode`."""
     out: Tensor = _module(keys).append_decode(
@@ -153,6 +158,7 @@ def append_decode(
         softcap=softcap,
         sinks=sinks,
         mass=mass,
+        mass_of=mass_of,
     )
     return out
 

@@ -8,7 +8,7 @@ H = G * R query heads, D head size, N slots:
     positions     [N]     int32         position of the entry in its row, -1 = empty
     start         [B, G]  int32         first slot of the region of (row, head)
     length        [B, G]  int32         filled slots; `start .. start + length` is packed, in any order
-    mass          [N]     float32       optional running attention per slot
+    mass          [N]     float32       optional running attention per slot, or another sum of what queries gave it
 
 Regions never overlap, and nothing outside a filled region is ever read. The loops here are meant to be read, and to be
 exact in whatever dtype comes in (float64 included); speed is the business of `cpu` (numba) and `gpu` (Triton). What
@@ -20,6 +20,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from .mass_kinds import MassOf, adds_squares
 from .reference_scores import (
     accumulation_dtype,
     capped,
@@ -97,6 +98,7 @@ def ragged_decode(
     mass: Tensor | None = None,
 ) -> Tensor:
     """Attention of one query token per row over its regions.
+    mass_of: MassOf = "attention",
 
     Args:
         query: [B, H, D], head h reads KV head h // R.
@@ -105,26 +107,28 @@ def ragged_decode(
             device. None: read it from `length`.
         softcap: if > 0, logits become `softcap * tanh(logit / softcap)`.
         sinks: [H], one extra logit per query head that takes part in the softmax and has no value.
-        mass: [N] float32; the attention each slot received, summed over the group's query heads, is added to it.
+        mass: [N] float32; what `mass_of` names is added to it, slot by slot, summed over the group's query heads.
+        mass_of: "attention": the softmax weight. "squared_logits": `(scale * q.k)^2`, before any softcap.
 
     Returns:
         [B, H, D] in the query's dtype; zeros where a region is empty.
     """
     del max_length
-    heads = query.shape[1]
+    squares, heads = adds_squares(mass_of), query.shape[1]
     group = heads // start.shape[1]
     dtype = accumulation_dtype(query.dtype)
     out = torch.zeros_like(query)
     for b, g, slots in regions(start, length):
         h = slice(g * group, (g + 1) * group)
-        logits = capped(query[b, h].to(dtype) @ keys[slots].to(dtype).T * scale, softcap)  # [R, n]
+        plain = query[b, h].to(dtype) @ keys[slots].to(dtype).T * scale  # [R, n]
+        logits = capped(plain, softcap)
         if sinks is None:
             weights = logits.softmax(-1)
         else:
             weights = torch.cat([logits, sinks[h, None].to(dtype)], -1).softmax(-1)[:, :-1]
         out[b, h] = (weights @ values[slots].to(dtype)).to(out.dtype)
         if mass is not None:
-            mass[slots] += weights.sum(0).to(mass.dtype)
+            mass[slots] += (plain.square() if squares else weights).sum(0).to(mass.dtype)
     return out
 
 
@@ -146,6 +150,7 @@ def append_decode(
     mass: Tensor | None = None,
 ) -> Tensor:
     """`slot_write`, then `ragged_decode` over the region with the new entry in it: one decode step of one layer.
+    mass_of: MassOf = "attention",
 
     `max_length` bounds the length after the write. Shapes as in the two functions.
     """
@@ -163,6 +168,7 @@ def append_decode(
         mass=mass,
     )
 
+        mass_of=mass_of,
 
 def stratified_victims(
     scores: Tensor,

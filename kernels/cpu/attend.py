@@ -112,6 +112,7 @@ def attend_part(
     peaks: Any,
     totals: Any,
     out: Any,
+    squares: Any,
 ) -> None:
     """Attention over a part of a region, or all of it, for `merge_parts`.
 
@@ -121,10 +122,13 @@ def attend_part(
         weights: [R, at least count] float32, becomes exp(logit - peak).
         peaks, totals: [R] float32, become the largest logit and the sum of the weights.
         out: [R, D] float32, becomes the weighted sum of the values.
+        squares: [count] float32, gets the squares of the logits before any softcap added; or empty for none.
     """
     group_logits(query, keys, begin, count, scale, weights)
     for r in range(query.shape[0]):
         row = weights[r, :count]
+        for j in range(squares.size):
+            squares[j] += row[j] * row[j]
         if softcap > 0:
             soft_cap(row, softcap)
         peaks[r] = largest(row, np.float32(-np.inf))

@@ -14,6 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ..mass_kinds import MassOf, adds_squares
 from .attend import add_mass, attend_part, merge_parts, weights_of_part
 from .jit import SOURCES, jit, worker
 from .job import (
@@ -36,9 +37,9 @@ from .slot_write import write_entry
 (_BATCH, _GROUP, _SIZE, _SLOTS, _SCALE, _SOFTCAP, _QUERY, _NEW_KEYS, _NEW_VALUES, _NEW_POSITIONS) = range(
     FIRST, FIRST + 10
 )
-(_KEYS, _VALUES, _POSITIONS, _START, _LENGTH, _SINKS, _MASS, _OUT) = range(FIRST + 10, FIRST + 18)
+(_KEYS, _VALUES, _POSITIONS, _START, _LENGTH, _SINKS, _MASS, _SQUARES, _OUT) = range(FIRST + 10, FIRST + 19)
 # Then its table of tasks, how many parts of each region are done, what they leave, and what `_plan` finds out.
-(_MOST_TASKS, _TABLE, _DONE, _PARTIAL, _WEIGHTS, _TASKS, _LARGEST) = range(FIRST + 18, FIRST + 25)
+(_MOST_TASKS, _TABLE, _DONE, _PARTIAL, _WEIGHTS, _TASKS, _LARGEST) = range(FIRST + 19, FIRST + 26)
 
 
 @jit
@@ -76,6 +77,7 @@ def _decode(address: int, element: Any) -> None:
     peaks, totals = matrix(behind, most, group, np.float32(0)), matrix(behind + floats, most, group, np.float32(0))
     weights = float32s(job[_WEIGHTS], slots * group)
     logits = np.empty((group, job[_LARGEST]), np.float32)
+    squares, nothing = job[_SQUARES] != 0, mass[:0]
     ticket = next_ticket(job, job[_TASKS])
     while ticket >= 0:
         region, begin, count = table[ticket, REGION], table[ticket, BEGIN], table[ticket, COUNT]
@@ -93,7 +95,7 @@ def _decode(address: int, element: Any) -> None:
             own_weights = weights_of_part(weights, begin, count, group) if shared else logits
             attend_part(
                 query[region], keys, values, begin, count, scale, softcap, own_weights,
-                peaks[ticket], totals[ticket], partial[ticket],
+                peaks[ticket], totals[ticket], partial[ticket], mass[begin:end] if squares else nothing,
             )  # fmt: skip
             if fetch_and_add_one(done[region : region + 1]) == parts - 1:
                 merge_parts(
@@ -103,7 +105,7 @@ def _decode(address: int, element: Any) -> None:
                     own_sinks,
                     out[region],
                 )
-                if mass.size > 0:
+                if mass.size > 0 and not squares:
                     for task in range(first, first + parts):
                         begin, count = table[task, BEGIN], table[task, COUNT]
                         if shared:
@@ -137,13 +139,16 @@ def decode_worker_for(dtype: torch.dtype) -> Any:
 
 
 _NewEntry = tuple[Tensor, Tensor, Tensor]
-_Store = tuple[Tensor, Tensor, "Tensor | None", Tensor, Tensor, "Tensor | None"]
+_Store = tuple[Tensor, Tensor, "Tensor | None", Tensor, Tensor]
+_Mass = tuple["Tensor | None", MassOf]
 
 
 def _attend(
-    query: Tensor, new: _NewEntry | None, store: _Store, scale: float, softcap: float, sinks: Tensor | None
+    query: Tensor, new: _NewEntry | None, store: _Store, scale: float, softcap: float, sinks: Tensor | None, into: _Mass
 ) -> Tensor:
-    keys, values, positions, start, length, mass = store
+    keys, values, positions, start, length = store
+    mass, squares = into[0], adds_squares(into[1])
+    weighs = mass is not None and not squares
     single = readable(query, torch.float32)
     out = torch.empty_like(single)
     batch, heads = length.shape
@@ -164,7 +169,7 @@ def _attend(
     tasks = most_tasks(regions, slots)
     counts = 8 * (tasks * COLUMNS + regions)  # bytes
     partial = counts + 4 * tasks * group * (size + 2)
-    workspace = scratch(partial + (0 if mass is None else 4 * slots * group))
+    workspace = scratch(partial + (4 * slots * group if weighs else 0))
     table = workspace.data_ptr()
     numbers = [
         batch,
@@ -182,12 +187,13 @@ def _attend(
         address_of(length, torch.int32, regions, "length"),
         address_of(sinks, torch.float32, heads * group, "sinks"),
         address_of(mass, torch.float32, slots, "mass"),
+        int(squares),
         address_of(out, torch.float32, regions * group * size, "out"),
         tasks,
         table,
         table + 8 * tasks * COLUMNS,
         table + counts,
-        0 if mass is None else table + partial,
+        table + partial if weighs else 0,
         0,
         0,
     ]
@@ -207,10 +213,11 @@ def ragged_decode(
     softcap: float = 0.0,
     sinks: Tensor | None = None,
     mass: Tensor | None = None,
+    mass_of: MassOf = "attention",
 ) -> Tensor:
     """Attention of one query token per row over its regions, [B, H, D]. See `reference.ragged_decode`."""
     del max_length
-    return _attend(query, None, (keys, values, None, start, length, mass), scale, softcap, sinks)
+    return _attend(query, None, (keys, values, None, start, length), scale, softcap, sinks, (mass, mass_of))
 
 
 def append_decode(
@@ -229,8 +236,9 @@ def append_decode(
     softcap: float = 0.0,
     sinks: Tensor | None = None,
     mass: Tensor | None = None,
+    mass_of: MassOf = "attention",
 ) -> Tensor:
     """`slot_write` and `ragged_decode` in one pass, [B, H, D]. See `reference.append_decode`."""
     del max_length
     new = (new_keys, new_values, new_positions)
-    return _attend(query, new, (keys, values, positions, start, length, mass), scale, softcap, sinks)
+    return _attend(query, new, (keys, values, positions, start, length), scale, softcap, sinks, (mass, mass_of))

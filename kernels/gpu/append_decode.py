@@ -8,6 +8,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ..mass_kinds import MassOf, adds_squares
 from .common import (
     CHUNK,
     STAGES,
@@ -44,6 +45,7 @@ def append_decode_kernel(
     sinks,  # [H] or None
     out,  # [B, H, D]
     lse,  # [B, H] float32 in base 2, or None
+    squares,  # [N] or None: `mass` if squared logits are added to it
     scale,
     softcap,
     G,
@@ -70,19 +72,22 @@ def append_decode_kernel(
     tl.store(keys + slot * D + d, k_new, mask=d < D)
     tl.store(values + slot * D + d, v_new, mask=d < D)
     tl.store(positions + slot, tl.load(new_positions + row // G))
-    if mass is not None:
+    if mass is not None and squares is None:
         tl.store(mass + slot, 0.0)
     # The new entry enters the softmax from registers and the loop reads only old slots: nothing waits for the store.
     peak, total, acc = initial_state(sinks, row, G, R, RP, DP)
     raw = tl.sum(q.to(tl.float32) * k_new.to(tl.float32)[None, :], 1)
+    if squares is not None:
+        tl.store(squares + slot, tl.sum(raw * raw, 0) * (scale * scale))
     logits = logits_base2(raw, scale, softcap, SOFTCAP)  # [RP]
     new_peak = tl.maximum(peak, logits)
     weights = tl.exp2(logits - new_peak)
     total = total * tl.exp2(peak - new_peak) + weights
     acc = acc + weights[:, None] * v_new.to(tl.float32)[None, :]  # acc was zero: a sink has no value
     peak, total, acc = attend(
-        q, keys, values, base, 0, n, new_peak, total, acc, scale, softcap, D, DP, BLOCK_N, SOFTCAP, UPCAST, STAGES
-    )
+        q, keys, values, base, 0, n, new_peak, total, acc, squares,
+        scale, softcap, D, DP, BLOCK_N, SOFTCAP, UPCAST, STAGES,
+    )  # fmt: skip
     store_tile(out, row * R + r, r < R, acc / total[:, None], D, DP)
     if lse is not None:
         tl.store(lse + row * R + r, peak + tl.log2(total), mask=r < R)
@@ -107,6 +112,7 @@ def append_decode(
     softcap: float = 0.0,
     sinks: Tensor | None = None,
     mass: Tensor | None = None,
+    mass_of: MassOf = "attention",
 ) -> Tensor:
     """One decode step of one layer: append, then attend. See `headkv_mm.kernels.reference.append_decode`.
 
@@ -128,12 +134,15 @@ def append_decode(
             softcap=softcap,
             sinks=sinks,
             mass=mass,
+            mass_of=mass_of,
         )
     query, start = query.contiguous(), start.contiguous()
     size = keys.shape[-1]
     group = query.shape[1] // start.shape[1]
     out = torch.empty_like(query)
-    lse = None if mass is None else torch.empty(query.shape[:2], dtype=torch.float32, device=query.device)
+    squares = mass if adds_squares(mass_of) else None
+    weighs = mass is not None and squares is None
+    lse = torch.empty(query.shape[:2], dtype=torch.float32, device=query.device) if weighs else None
     append_decode_kernel[(start.numel(),)](
         query,
         new_keys.contiguous(),
@@ -148,6 +157,7 @@ def append_decode(
         sinks,
         out,
         lse,
+        squares,
         float(scale),
         float(softcap),
         start.shape[1],

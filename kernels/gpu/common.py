@@ -182,6 +182,7 @@ def attend(
     peak,
     total,
     acc,
+    squares,
     scale,
     softcap,
     D: tl.constexpr,
@@ -191,13 +192,21 @@ def attend(
     UPCAST: tl.constexpr,
     STAGES: tl.constexpr,
 ):
-    """Online softmax of q [RP, DP] over slots `base + lo .. base + hi`; every block holds at least one slot."""
+    """Online softmax of q [RP, DP] over slots `base + lo .. base + hi`; every block holds at least one slot.
+
+    `squares` [N] float32 gets each slot's squared logits before the softcap added, summed over q; None for none. Rows
+    of q past the group are zero and add nothing.
+    """
     for first in tl.range(lo, hi, BLOCK_N, num_stages=STAGES):
         t = first + tl.arange(0, BLOCK_N)
         ok = t < hi
         k = load_tile(keys, base + t, ok, D, DP)
         v = load_tile(values, base + t, ok, D, DP)
-        logits = logits_base2(dot_keys(q, k, UPCAST), scale, softcap, SOFTCAP)  # [RP, BLOCK_N]
+        product = dot_keys(q, k, UPCAST)  # [RP, BLOCK_N]
+        if squares is not None:
+            old = tl.load(squares + base + t, mask=ok, other=0.0)
+            tl.store(squares + base + t, old + tl.sum(product * product, 0) * (scale * scale), mask=ok)
+        logits = logits_base2(product, scale, softcap, SOFTCAP)
         logits = tl.where(ok[None, :], logits, NEGATIVE)
         new_peak = tl.maximum(peak, tl.max(logits, 1))
         shrink = tl.exp2(peak - new_peak)

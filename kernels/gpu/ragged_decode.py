@@ -13,6 +13,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ..mass_kinds import MassOf, adds_squares
 from .common import (
     CHUNK,
     OPTIONS,
@@ -42,6 +43,7 @@ def decode_kernel(
     sinks,  # [H] or None
     out,  # [B * G, chunks, R, D]; one chunk: the result itself
     lse,  # [B * G, chunks, R] float32 in base 2, or None
+    squares,  # [N] float32 that squared logits are added to, or None
     scale,
     softcap,
     G,
@@ -72,8 +74,9 @@ def decode_kernel(
     peak, total, acc = initial_state(None if SPLIT else sinks, row, G, R, RP, DP)
     base = tl.load(start + row).to(tl.int64)
     peak, total, acc = attend(
-        q, keys, values, base, lo, hi, peak, total, acc, scale, softcap, D, DP, BLOCK_N, SOFTCAP, UPCAST, STAGES
-    )
+        q, keys, values, base, lo, hi, peak, total, acc, squares,
+        scale, softcap, D, DP, BLOCK_N, SOFTCAP, UPCAST, STAGES,
+    )  # fmt: skip
     result = acc / tl.where(total > 0.0, total, 1.0)[:, None]  # an empty region gives zeros
     place = (row * tl.num_programs(1) + chunk) * R + r
     store_tile(out, place, r < R, result, D, DP)
@@ -128,6 +131,7 @@ def ragged_decode(
     softcap: float = 0.0,
     sinks: Tensor | None = None,
     mass: Tensor | None = None,
+    mass_of: MassOf = "attention",
 ) -> Tensor:
     """Attention of one query token per row over its regions. See `headkv_mm.kernels.reference.ragged_decode`.
 
@@ -144,7 +148,9 @@ def ragged_decode(
     group = query.shape[1] // start.shape[1]
     chunks = triton.cdiv(bound, CHUNK)
     shape = {"R": group, "D": size, "DP": padded_head_size(size), "CHUNK": CHUNK}
-    lse = None if mass is None else torch.empty(query.shape[:2], dtype=torch.float32, device=query.device)
+    squares = mass if adds_squares(mass_of) else None
+    weighs = mass is not None and squares is None
+    lse = torch.empty(query.shape[:2], dtype=torch.float32, device=query.device) if weighs else None
     part_out, part_lse = out, lse
     if chunks > 1:
         part_out = torch.empty((regions, chunks, group, size), dtype=torch.float32, device=query.device)
@@ -158,6 +164,7 @@ def ragged_decode(
         sinks,
         part_out,
         part_lse,
+        squares,
         float(scale),
         float(softcap),
         start.shape[1],

@@ -12,7 +12,8 @@ from typing import Any
 import pytest
 import torch
 
-from headkv_mm.kernels import cpu
+from headkv_mm import kernels
+from headkv_mm.kernels import cpu, reference
 from headkv_mm.kernels.cpu import decode
 
 from .triton_cases import storage
@@ -43,6 +44,7 @@ def test_decode_shapes(lengths: str, group: int, size: int) -> None:
     s = storage(LENGTHS[lengths], size, torch.float32, "cpu", seed=size + group)
     decode_case(cpu, s, group, append=True, mass=True)
     decode_case(cpu, s, group, append=False, softcap=3.0, sinks=True)
+    decode_case(cpu, s, group, append=True, softcap=3.0, sinks=True, mass=True, mass_of="squared_logits")
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -108,6 +110,15 @@ def test_storage_that_does_not_fit_is_refused(name: str, error: type[Exception],
     new = (s.normal(1, 2, 16), s.normal(1, 2, 16), s.integers(0, 9, 1))
     with pytest.raises(error, match=name if name != "keys" else "values"):
         cpu.append_decode(s.normal(1, 2, 16), *new, *s.tensors(), scale=1.0, mass=s.mass)
+
+
+@pytest.mark.parametrize("backend", [cpu, reference, kernels], ids=["numba", "reference", "dispatch"])
+def test_unknown_sums_are_refused(backend: Any) -> None:
+    s = storage([[9]], 16, torch.float32, "cpu")
+    with pytest.raises(ValueError, match="mass_of must be one of 'attention', 'squared_logits', got 'logits'"):
+        backend.ragged_decode(
+            s.normal(1, 1, 16), s.keys, s.values, s.start, s.length, scale=1.0, mass=s.mass, mass_of="logits"
+        )
 
 
 def test_warm_up_leaves_compiled_code_on_disk() -> None:

@@ -56,10 +56,13 @@ def test_decode_by_hand() -> None:
     """Two entries with logits 0 and log 3 get weights 1/4 and 3/4; a sink with logit log 4 halves both."""
     query, keys = torch.tensor([[[1.0, 0.0]]]), torch.tensor([[0.0, 9.0], [math.log(3), 9.0]])
     values, start, length = torch.tensor([[4.0, 0.0], [0.0, 8.0]]), int32([[0]]), int32([[2]])
-    mass = torch.ones(2)
+    mass, squares = torch.ones(2), torch.ones(2)
     out = reference.ragged_decode(query, keys, values, start, length, scale=1.0, mass=mass)
     torch.testing.assert_close(out, torch.tensor([[[1.0, 6.0]]]))
     torch.testing.assert_close(mass, torch.tensor([1.25, 1.75]))
+    into = {"mass": squares, "mass_of": "squared_logits", "softcap": 0.5, "sinks": torch.tensor([9.0])}
+    reference.ragged_decode(query, keys, values, start, length, scale=2.0, **into)
+    torch.testing.assert_close(squares, torch.tensor([1.0, 1 + (2 * math.log(3)) ** 2]))
     sinks = torch.tensor([math.log(4)])
     out = reference.ragged_decode(query, keys, values, start, length, scale=1.0, sinks=sinks)
     torch.testing.assert_close(out, torch.tensor([[[0.5, 3.0]]]))

@@ -8,6 +8,7 @@ import subprocess
 import sys
 import threading
 from collections.abc import Iterator
+from typing import Any
 
 import pytest
 import torch
@@ -16,6 +17,7 @@ from torch import Tensor
 from headkv_mm.kernels import cpu, reference
 from headkv_mm.kernels.cpu import threads
 from headkv_mm.kernels.cpu.parts import PART
+from headkv_mm.kernels.mass_kinds import MassOf
 
 from .triton_cases import Storage, close, storage
 from .triton_checks import CHECKS, decode_case
@@ -39,7 +41,9 @@ def steps(s: Storage, count: int) -> list[Tensor]:
     for step in range(count):
         new = torch.randn(2, 2, 4, 64, generator=generator)
         query, positions = torch.randn(2, 8, 64, generator=generator), torch.tensor([step, step]).int()
-        outputs.append(cpu.append_decode(query, *new, positions, *s.tensors(), scale=0.1, mass=s.mass))
+        mass_of: MassOf = "squared_logits" if step % 2 else "attention"
+        into: dict[str, Any] = {"mass": s.mass, "mass_of": mass_of}
+        outputs.append(cpu.append_decode(query, *new, positions, *s.tensors(), scale=0.1, **into))
     return outputs
 
 

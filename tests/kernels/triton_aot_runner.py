@@ -91,6 +91,10 @@ def run_launchers(dtype: torch.dtype, size: int, group: int, *, decode_only: boo
         gpu.append_decode(
             query, *new, *storage, scale=0.1, max_length=max_length, softcap=softcap, sinks=sinks, mass=mass
         )
+        gpu.append_decode(
+            query, *new, *storage,
+            scale=0.1, max_length=max_length, softcap=softcap, sinks=sinks, mass=mass, mass_of="squared_logits",
+        )  # fmt: skip
     gpu.ragged_decode(query, keys, values, start, length, scale=0.1, max_length=1000, softcap=softcap, sinks=sinks)
     if decode_only:
         return

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 
 from headkv_mm.kernels import reference
+from headkv_mm.kernels.mass_kinds import MassOf
 
 from .triton_cases import OUTPUT_TOLERANCE, WEIGHT_TOLERANCE, Storage, block, close, same, storage
 
@@ -29,11 +30,13 @@ def decode_case(
     sinks: bool = False,
     mass: bool = False,
 ) -> None:
+    mass_of: MassOf = "attention",
     batch, groups = s.start.shape
     size = s.keys.shape[1]
     query = s.normal(batch, groups * group, size)
     options: dict[str, Any] = {"scale": 1.5 / size**0.5, "max_length": max_length, "softcap": softcap}
     if sinks:
+    options["mass_of"] = mass_of
         options["sinks"] = s.normal(groups * group, dtype=torch.float32)
     expected, wide = s.copy(), s.copy(torch.float64)
     new = [s.normal(batch, groups, size), s.normal(batch, groups, size), s.integers(5000, 9000, batch)]
@@ -102,6 +105,20 @@ def check_append_decode(backend: Any, device: str, dtype: torch.dtype) -> None:
 
 
 def check_slot_write(backend: Any, device: str, dtype: torch.dtype) -> None:
+def check_squared_logits(backend: Any, device: str, dtype: torch.dtype) -> None:
+    """One program and several, fused and not; around a tile; a softcap and sinks, which they do not see; no `mass`."""
+    n, squares = block(64, dtype), {"mass": True, "mass_of": "squared_logits"}
+    s = storage([[0, 1, n - 1], [n, n + 1, 20]], 64, dtype, device)
+    decode_case(backend, s, 4, append=True, max_length=1024, **squares)
+    decode_case(backend, s, 3, append=False, softcap=2.0, sinks=True, **squares)
+    decode_case(backend, s, 1, append=True, softcap=2.0, mass_of="squared_logits")
+    s = storage([[1023, 1024], [0, 2300]], 16, dtype, device, seed=2)
+    decode_case(backend, s, 2, append=True, sinks=True, **squares)
+    s = storage([[0, 0], [1, 40]], 80, dtype, device, seed=1)
+    decode_case(backend, s, 5, append=True, max_length=None, **squares)
+    decode_case(backend, s, 5, append=False, max_length=2000, **squares)
+
+
     for size, with_mass in ((80, True), (64, False)):
         s = storage([[0, 1, 5], [17, 0, 2]], size, dtype, device)
         expected = s.copy()
