@@ -5,6 +5,7 @@ from __future__ import annotations
 
 from .dispatch import (
     append_decode,
+    attention_behind,
     backend_for,
     fill_holes,
     gather_regions,
@@ -21,6 +22,7 @@ from .dispatch import (
 
 __all__ = [
     "append_decode",
+    "attention_behind",
     "backend_for",
     "fill_holes",
     "gather_regions",

@@ -233,6 +233,29 @@ def window_norms(
     return out
 
 
+def attention_behind(
+    queries: Tensor,
+    query_positions: Tensor,
+    keys: Tensor,
+    positions: Tensor,
+    start: Tensor,
+    length: Tensor,
+    window: Tensor,
+    *,
+    scale: float,
+    power: int = 1,
+    first_position: Tensor | None = None,
+    softcap: float = 0.0,
+    sinks: Tensor | None = None,
+) -> Tensor:
+    """Attention that queries give to what lies behind their windows, [B, G]. See `reference.attention_behind`."""
+    storage, options = (keys, positions, start, length), {"first_position": first_position, "sinks": sinks}
+    out: Tensor = _module(keys).attention_behind(
+        queries, query_positions, *storage, window, scale=scale, power=power, softcap=softcap, **options
+    )
+    return out
+
+
 def tokens_needed(mass: Tensor, positions: Tensor, start: Tensor, length: Tensor, *, tau: float) -> Tensor:
     """How many of the newest entries hold a share `tau` of the mass, [B, G]. See `reference.tokens_needed`."""
     out: Tensor = _module(mass).tokens_needed(mass, positions, start, length, tau=tau)

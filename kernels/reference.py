@@ -12,7 +12,7 @@ H = G * R query heads, D head size, N slots:
 
 Regions never overlap, and nothing outside a filled region is ever read. The loops here are meant to be read, and to be
 exact in whatever dtype comes in (float64 included); speed is the business of `cpu` (numba) and `gpu` (Triton). What
-measures attention without changing anything is in `reference_scores`.
+measures attention without changing anything is in `reference_scores` and `reference_behind`.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 
 from .mass_kinds import MassOf, adds_squares
+from .reference_behind import attention_behind
 from .reference_scores import (
     accumulation_dtype,
     capped,
@@ -36,6 +37,7 @@ from .reference_scores import (
 __all__ = [
     "STRATA_UNITS",
     "append_decode",
+    "attention_behind",
     "fill_holes",
     "gather_regions",
     "head_mass",
@@ -96,9 +98,9 @@ def ragged_decode(
     softcap: float = 0.0,
     sinks: Tensor | None = None,
     mass: Tensor | None = None,
+    mass_of: MassOf = "attention",
 ) -> Tensor:
     """Attention of one query token per row over its regions.
-    mass_of: MassOf = "attention",
 
     Args:
         query: [B, H, D], head h reads KV head h // R.
@@ -148,9 +150,9 @@ def append_decode(
     softcap: float = 0.0,
     sinks: Tensor | None = None,
     mass: Tensor | None = None,
+    mass_of: MassOf = "attention",
 ) -> Tensor:
     """`slot_write`, then `ragged_decode` over the region with the new entry in it: one decode step of one layer.
-    mass_of: MassOf = "attention",
 
     `max_length` bounds the length after the write. Shapes as in the two functions.
     """
@@ -166,9 +168,9 @@ def append_decode(
         softcap=softcap,
         sinks=sinks,
         mass=mass,
+        mass_of=mass_of,
     )
 
-        mass_of=mass_of,
 
 def stratified_victims(
     scores: Tensor,

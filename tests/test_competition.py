@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import itertools
 import math
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -107,10 +108,8 @@ def by_loops(observed: Observed, statistic: str, head: int, tau: float, window: 
     first, mass = int(observed.condition), attention(observed, head)
     last = len(mass) - window
     middle = mass[first:last]
-    if statistic == "distant":
-        return sum(middle)
-    if statistic == "pointed":
-        return behind_each(observed, head, window)
+    if statistic in ("distant", "pointed"):
+        return behind_each(observed, head, window, 1 if statistic == "distant" else 2)
     if statistic == "entropy":
         shares = [one / sum(middle) for one in middle]
         return math.exp(-sum(one * math.log(one) for one in shares))
@@ -129,15 +128,15 @@ def by_loops(observed: Observed, statistic: str, head: int, tau: float, window: 
     return 1 - float(mean @ mean)
 
 
-def behind_each(observed: Observed, head: int, window: int) -> float:
-    """Squares of every single query's attention, averaged over the group first, behind its own window."""
+def behind_each(observed: Observed, head: int, window: int, power: int) -> float:
+    """A power of every single query's attention, averaged over the group first, behind its own window."""
     keys, total = observed.store.keys.view(2, -1, 8)[head], 0.0
     assert observed.queries is not None
     for q, query in enumerate(observed.queries[0]):
         position = len(keys) - len(observed.queries[0]) + q
         shares = [(0.5 * keys[: position + 1] @ query[2 * head + r]).softmax(-1) for r in (0, 1)]
         for index in range(int(observed.condition), position + 1 - window):
-            total += float(shares[0][index] + shares[1][index]) ** 2 / 4
+            total += float(shares[0][index] + shares[1][index]) ** power / 2**power
     return total / len(observed.queries[0])
 
 
@@ -156,20 +155,23 @@ def test_statistics_by_loops(statistic: Any) -> None:
     assert sum(targets) == 2 * 16
 
 
-def test_every_query_looks_back_from_itself() -> None:
+@pytest.mark.parametrize("statistic", ["distant", "pointed"])
+def test_every_query_looks_back_from_itself(statistic: Any) -> None:
+    """Of more queries than the window has tokens; the first of them are padding, as in a row that has fewer."""
     observed = seen_by(TextPlan(20), condition=4, tokens=40, asked=7)
-    allocator = Proportional(statistic="distant", window=3, grouping_queries=7)
-    found = allocator.note(observed, NO_SCORES)[0].tolist()
-    keys = observed.store.keys.view(2, -1, 8)
     assert observed.queries is not None
-    for head in (0, 1):
-        total = 0.0
-        for position, query in zip(range(33, 40), observed.queries[0], strict=True):
-            newest = max(last for last in (33, 36, 39) if last - 3 < position <= last)  # blocks of 3 from the end
-            for r in (0, 1):
-                share = (0.5 * keys[head, : position + 1] @ query[2 * head + r]).softmax(-1)
-                total += float(share[4 : newest + 1 - 3].sum()) / 7 / 2
-        assert found[head] == pytest.approx(total, rel=1e-4)
+    assert observed.query_positions is not None
+    allocator = Proportional(statistic=statistic, window=3, grouping_queries=9)
+    found = allocator.note(observed, NO_SCORES)
+    power = 1 if statistic == "distant" else 2
+    expected = [behind_each(observed, head, 3, power) for head in (0, 1)]
+    assert found.tolist() == [pytest.approx(expected, rel=1e-4)]
+    padded = replace(
+        observed,
+        queries=torch.cat([observed.queries[:, :2], observed.queries], dim=1),
+        query_positions=torch.cat([torch.full((1, 2), -1), observed.query_positions], dim=1),
+    )
+    assert torch.equal(allocator.note(padded, NO_SCORES), found)
 
 
 def test_contrast_leaves_more_to_the_heads_ahead() -> None:

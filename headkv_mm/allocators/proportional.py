@@ -3,22 +3,22 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Literal
 
 import torch
 from torch import Tensor
 
 from .. import kernels
-from ..budgets import ImagePlan
 from ..pieces import Observed
-from ..plan import Plan
 from ..scorers.attention import window_attention
 from ..scorers.keys import unit_key_sum
 from .competition import Competition, Pool
 from .pooled import candidates_of
 
 Statistic = Literal["entropy", "backward", "curve", "distant", "pointed", "keys"]
+_ROUNDING = 1e-3
+"""How far sums of shares of the attention in single precision may be above 1, and more."""
 STATISTICS: tuple[Statistic, ...] = ("entropy", "backward", "curve", "distant", "pointed", "keys")
 
 
@@ -33,11 +33,11 @@ class Proportional(Competition):
     - "backward": entries from the window on backward that hold, with the window, a share `tau` of the attention. This
       is the number by which arXiv 2605.20600 tells local heads from global ones.
     - "curve": best entries that hold a share `tau` of the attention, with what always stays.
-    - "distant": the share of the attention. Of more queries than the window has tokens, each looks back from itself:
-      what counts is what lies as far behind it as the window reaches.
-    - "pointed": the sum of the squares of every single query's attention behind its own window. It is large where a
-      query finds one far entry, which another query will look for elsewhere; a head that spreads its attention over
-      many entries can spare some of them.
+    - "distant": the share of the attention. Each query looks back from itself: what counts is what lies as far behind
+      it as the window reaches.
+    - "pointed": the same with the squares of every single query's attention. It is large where a query finds one far
+      entry, which another query will look for elsewhere; a head that spreads its attention over many entries can spare
+      some of them.
     - "keys": no attention, but how much the keys of the head differ: 1 - |mean of k / |k||^2.
 
     Attributes:
@@ -65,10 +65,8 @@ class Proportional(Competition):
             return observed.shard.gather(key_spread(observed))
         queries, positions = observed.last_queries(self.queries_needed(observed.plan))
         window = observed.per_row(self.windows(observed))
-        if self.statistic == "distant":
-            return attention_behind(observed, queries, positions, window, block=self._block(observed.plan))
-        if self.statistic == "pointed":
-            return attention_behind(observed, queries, positions, window, block=1, power=2)
+        if self.statistic in ("distant", "pointed"):
+            return attention_behind(observed, queries, positions, window, power=1 if self.statistic == "distant" else 2)
         if self.statistic == "backward":
             needed = self._backward(observed, queries, positions) - window
             return observed.shard.gather(needed.clamp(min=0).double())
@@ -80,14 +78,16 @@ class Proportional(Competition):
             return (lost > 1 - self.tau).sum(-1).double()
         return effective_number(mass)
 
-    def _block(self, plan: Plan) -> int:
-        """Queries that are so near to each other that one window serves them."""
-        return plan.step if isinstance(plan, ImagePlan) else self.window
-
     def weigh(self, noted: Tensor, pool: Pool) -> Tensor:
         """The statistic, with its contrast; at most 1."""
         largest = noted.amax(-1, keepdim=True).clamp(min=torch.finfo(noted.dtype).tiny)
         return (noted / largest) ** self.contrast
+
+    def heaviest(self, noted: Tensor, observed: Observed, pool: Pool) -> Tensor:
+        """A share of the attention or a difference is at most 1, and numbers of entries what was seen."""
+        bound = observed.seen[:, None].double() if self.statistic in ("entropy", "backward", "curve") else 1.0
+        largest = noted.amax(-1, keepdim=True).clamp(min=torch.finfo(noted.dtype).tiny)
+        return (bound * (1 + _ROUNDING) / largest) ** self.contrast
 
     def _backward(self, observed: Observed, queries: Tensor, positions: Tensor) -> Tensor:
         store = observed.store
@@ -104,31 +104,35 @@ class Proportional(Competition):
         )
 
 
-def attention_behind(
-    observed: Observed, queries: Tensor, positions: Tensor, window: Tensor, *, block: int, power: int = 1
-) -> Tensor:
-    """The attention of queries that lies behind a window, the first tokens that always stay left out.
+def attention_behind(observed: Observed, queries: Tensor, positions: Tensor, window: Tensor, *, power: int) -> Tensor:
+    """The attention of queries that lies behind their windows, the first tokens that always stay left out.
 
     Args:
         observed: what is held.
         queries: [B, Q, H, D].
         positions: [B, Q], -1 for padding.
-        window: [B, 1] int, tokens, counted from the last query of every block.
-        block: queries for which one window is placed, and over which attention is averaged.
-        power: to which attention is raised before it is summed over the entries.
+        window: [B, 1] int, tokens that end with each query.
+        power: 1, or 2 for the squares of every query's attention, the mean over its group.
 
     Returns:
-        [B, all heads] float64, means over the blocks.
+        [B, all heads] float64, means over the queries.
     """
-    total = torch.zeros(queries.shape[0], observed.heads, dtype=torch.float64, device=queries.device)
-    for end in range(queries.shape[1], 0, -block):
-        own = slice(max(end - block, 0), end)
-        newest = replace(observed, seen=(positions[:, own].amax(1) + 1).to(observed.seen.dtype))
-        candidates, mass = candidates_of(newest, window_attention(observed, queries[:, own], positions[:, own]), window)
-        # A mean over the block's columns, of which padding gives nothing.
-        found = torch.where(candidates, mass.double(), 0.0) ** power
-        total += found.cumsum(-1)[..., -1] * (own.stop - own.start)
-    return total / (positions >= 0).sum(-1, keepdim=True).clamp(min=1)
+    store = observed.store
+    found = kernels.attention_behind(
+        queries,
+        positions,
+        store.keys,
+        store.positions,
+        store.start,
+        store.length,
+        window[:, 0],
+        scale=observed.scale,
+        power=power,
+        first_position=observed.condition,
+        softcap=observed.softcap,
+        sinks=observed.sinks,
+    )
+    return observed.shard.gather(found.double())
 
 
 def effective_number(mass: Tensor) -> Tensor:

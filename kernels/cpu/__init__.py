@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+from .attention_behind import attention_behind
 from .decode import append_decode, ragged_decode
 from .fill_holes import fill_holes
 from .gather_regions import gather_regions
@@ -17,6 +18,7 @@ from .window_scores import window_scores
 
 __all__ = [
     "append_decode",
+    "attention_behind",
     "fill_holes",
     "gather_regions",
     "head_mass",

@@ -7,6 +7,7 @@ from collections.abc import Iterable
 
 import torch
 
+from .attention_behind import worker_for as attention_behind_worker_for
 from .decode import decode_worker_for, plan_worker
 from .fill_holes import worker_for as fill_holes_worker_for
 from .gather_regions import worker_for as gather_regions_worker_for
@@ -37,6 +38,7 @@ def warm_up(dtypes: Iterable[torch.dtype] = (torch.float32,), head_sizes: Iterab
         slot_write_worker_for(dtype)
         window_mass_worker_for(dtype)
         window_norms_worker_for(dtype)
+        attention_behind_worker_for(dtype)
         mean_query_logits_worker_for(dtype)
         fill_holes_worker_for(dtype)
         gather_regions_worker_for(dtype)

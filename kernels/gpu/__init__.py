@@ -7,6 +7,7 @@ No launcher waits for the device, except a decode that is not told `max_length`.
 from __future__ import annotations
 
 from .append_decode import append_decode
+from .attention_behind import attention_behind
 from .common import SUPPORTED_DTYPES
 from .fill_holes import fill_holes
 from .gather_regions import gather_regions
@@ -22,6 +23,7 @@ from .window_scores import window_scores
 __all__ = [
     "SUPPORTED_DTYPES",
     "append_decode",
+    "attention_behind",
     "fill_holes",
     "gather_regions",
     "head_mass",

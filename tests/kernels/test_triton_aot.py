@@ -19,6 +19,7 @@ SHARED_LIMIT = {"sm_80": 163 * 1024, "sm_90": 227 * 1024}
 STACK_LIMIT = 16  # bytes per thread: the assembler parks a register or two in some of the small kernels
 DECODE = {"decode_kernel", "append_decode_kernel", "decode_mass_kernel"}
 KERNELS = DECODE | {
+    "attention_behind_kernel",
     "combine_kernel",
     "copy_kernel",
     "list_kept_kernel",

@@ -107,6 +107,10 @@ def run_launchers(dtype: torch.dtype, size: int, group: int, *, decode_only: boo
     gpu.window_norms(
         queries, query_positions, keys, positions, start, length, norms, scale=0.1, softcap=softcap, sinks=sinks
     )
+    gpu.attention_behind(
+        queries, query_positions, keys, positions, start, length, meta(batch),
+        scale=0.1, power=2, first_position=first, softcap=softcap, sinks=sinks,
+    )  # fmt: skip
     gpu.mean_query_logits(meta(batch, heads, size, dtype=torch.float32), keys, start, length, scale=0.1)
     bounds = {"first": meta(batch, groups), "last": meta(batch, groups), "evict": meta(batch, groups)}
     victims = gpu.stratified_victims(mass, positions, start, length, **bounds, strata_ratio=0.5)

@@ -16,6 +16,7 @@ import torch
 from headkv_mm.kernels import reference
 from headkv_mm.kernels.mass_kinds import MassOf
 
+from .behind_checks import check_attention_behind
 from .triton_cases import OUTPUT_TOLERANCE, WEIGHT_TOLERANCE, Storage, block, close, same, storage
 
 
@@ -29,14 +30,14 @@ def decode_case(
     softcap: float = 0.0,
     sinks: bool = False,
     mass: bool = False,
-) -> None:
     mass_of: MassOf = "attention",
+) -> None:
     batch, groups = s.start.shape
     size = s.keys.shape[1]
     query = s.normal(batch, groups * group, size)
     options: dict[str, Any] = {"scale": 1.5 / size**0.5, "max_length": max_length, "softcap": softcap}
-    if sinks:
     options["mass_of"] = mass_of
+    if sinks:
         options["sinks"] = s.normal(groups * group, dtype=torch.float32)
     expected, wide = s.copy(), s.copy(torch.float64)
     new = [s.normal(batch, groups, size), s.normal(batch, groups, size), s.integers(5000, 9000, batch)]
@@ -104,7 +105,6 @@ def check_append_decode(backend: Any, device: str, dtype: torch.dtype) -> None:
     decode_case(backend, s, 2, append=True, sinks=True, mass=True)
 
 
-def check_slot_write(backend: Any, device: str, dtype: torch.dtype) -> None:
 def check_squared_logits(backend: Any, device: str, dtype: torch.dtype) -> None:
     """One program and several, fused and not; around a tile; a softcap and sinks, which they do not see; no `mass`."""
     n, squares = block(64, dtype), {"mass": True, "mass_of": "squared_logits"}
@@ -119,6 +119,7 @@ def check_squared_logits(backend: Any, device: str, dtype: torch.dtype) -> None:
     decode_case(backend, s, 5, append=False, max_length=2000, **squares)
 
 
+def check_slot_write(backend: Any, device: str, dtype: torch.dtype) -> None:
     for size, with_mass in ((80, True), (64, False)):
         s = storage([[0, 1, 5], [17, 0, 2]], size, dtype, device)
         expected = s.copy()
@@ -314,4 +315,4 @@ DTYPE_FREE = {"tokens_needed", "stratified_victims"}
 
 CHECKS: dict[str, Callable[[Any, str, torch.dtype], None]] = {
     name.removeprefix("check_"): function for name, function in list(globals().items()) if name.startswith("check_")
-}
+} | {"attention_behind": check_attention_behind}
