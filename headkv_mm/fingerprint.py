@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The fingerprint of a model: two models with the same one compute the same."""
+"""The fingerprint of a model: which weights made a result, a table or a saved cache."""
 
 from __future__ import annotations
 
@@ -19,31 +19,56 @@ _CONFIG = (
     "head_dim",
     "rope_parameters",
 )
-_SAMPLED = 64
-"""Numbers taken from every tensor."""
+_WHOLE = 1 << 20
+"""Numbers up to which a tensor counts whole."""
+_SAMPLED = 1 << 16
+"""Numbers taken from a larger one, evenly spread."""
 
 
 def fingerprint(model: Any) -> str:
-    """Hash the shape of a model and a sample of every weight, in float32.
+    """SHA-256 over names, shapes and values of a model's weights and persistent buffers, the first 16 digits.
 
-    Half-precision weights give the same fingerprint as their float32 copies; training a single step changes it. Of a
-    model that is divided among processes all of them must ask: every weight is put together for a moment.
+    Floating-point values count in float32, so half-precision weights have the fingerprint of their float32 copies;
+    training a single step changes it. Of tensors of more than a million numbers an even sample is taken, so a model of
+    billions costs no more than tens of megabytes to hash. Of a model that is divided among processes all of them must
+    ask: every weight is put together for a moment.
 
     Args:
         model: a transformers model.
 
     Returns:
         16 hexadecimal digits.
+
+    Raises:
+        ValueError: if a weight has no values.
+    """
+    digest = hashlib.sha256()
+    for name, tensor in sorted(model.state_dict().items()):
+        if isinstance(tensor, Tensor):  # quantised modules may add other things
+            values = _values(_whole(_loaded(model, name, tensor.detach())))
+            digest.update(f"{name} {values.dtype} {tuple(tensor.shape)}".encode())
+            digest.update(values.numpy().tobytes())
+    return digest.hexdigest()[:16]
+
+
+def stated_config(model: Any) -> dict[str, Any]:
+    """What a model's configuration says about its attention, as JSON types: the same weights can be read in two ways.
+
+    Args:
+        model: a transformers model.
     """
     config = model.config.get_text_config(decoder=True).to_dict()
-    stated = {name: config.get(name) for name in _CONFIG}
-    digest = hashlib.sha256(json.dumps(stated, sort_keys=True, default=str).encode())
-    for name, weight in sorted(model.named_parameters()):
-        flat = _whole(_loaded(model, name, weight).detach()).flatten()
-        sample = flat[:: max(1, flat.numel() // _SAMPLED)][:_SAMPLED].float().cpu().contiguous()
-        digest.update(f"{name} {tuple(weight.shape)}".encode())
-        digest.update(sample.numpy().tobytes())
-    return digest.hexdigest()[:16]
+    stated: dict[str, Any] = json.loads(json.dumps({name: config.get(name) for name in _CONFIG}, default=str))
+    return stated
+
+
+def _values(tensor: Tensor) -> Tensor:
+    """The numbers that count, on the CPU."""
+    flat = tensor.flatten()
+    if flat.numel() > _WHOLE:
+        # An odd step: one that divides the width would meet the same few columns in every row.
+        flat = flat[:: flat.numel() // _SAMPLED | 1]
+    return (flat.float() if flat.dtype.is_floating_point else flat).cpu().contiguous()
 
 
 def _loaded(model: Any, name: str, weight: Tensor) -> Tensor:

@@ -1,13 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Where results come from: versions, commit, and which model."""
+"""Where results come from: versions and commit; which model they are of says `headkv_mm.fingerprint`."""
 
 from __future__ import annotations
 
-import hashlib
 import subprocess
 from importlib import metadata
 from pathlib import Path
-from typing import Any
 
 import headkv_mm
 
@@ -40,12 +38,3 @@ def commit() -> str | None:
 def _git(folder: Path, *arguments: str) -> str:
     command = ["git", "-C", str(folder), *arguments]
     return subprocess.run(command, capture_output=True, text=True, check=True, timeout=10).stdout.strip()
-
-
-def fingerprint(model: Any) -> str:
-    """sha256 over names, dtypes, shapes and values of a model's weights, the first 16 digits."""
-    digest = hashlib.sha256()
-    for name, tensor in sorted(model.state_dict().items()):
-        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
-        digest.update(tensor.detach().cpu().contiguous().numpy().tobytes())
-    return digest.hexdigest()[:16]

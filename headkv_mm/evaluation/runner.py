@@ -16,9 +16,9 @@ from headkv_mm.evaluation.fidelity import first_affected_token
 from headkv_mm.evaluation.full_cache import FullCache, OnToken
 from headkv_mm.evaluation.images import Batch, batches
 from headkv_mm.evaluation.measure import compare_all, generate_all, label_stability
-from headkv_mm.evaluation.origin import fingerprint
 from headkv_mm.evaluation.settings import FULL, EvaluationSettings, budget_label, run_name, run_settings
 from headkv_mm.evaluation.storage import check_same, read_json, read_tokens, write_json, write_tokens
+from headkv_mm.fingerprint import fingerprint
 from headkv_mm.image_grid import ImageGrid
 
 _SAMPLING = {"do_sample": True, "temperature": 1.0, "top_k": 0, "top_p": 1.0, "guidance_scale": 1.0}

@@ -9,7 +9,7 @@ from typing import Any
 from headkv_mm.evaluation.heads.material import Material
 from headkv_mm.evaluation.heads.measured import Measured, read_measured, write_measured
 from headkv_mm.evaluation.heads.settings import HeadSettings
-from headkv_mm.evaluation.origin import fingerprint
+from headkv_mm.fingerprint import fingerprint
 
 
 def shared_settings(model: Any, settings: HeadSettings) -> dict[str, Any]:

@@ -11,13 +11,13 @@ from typing import Any
 from headkv_mm.budgets import check_budget
 from headkv_mm.cache import HeadKVCache
 from headkv_mm.compression import Compression
-from headkv_mm.evaluation.origin import fingerprint
 from headkv_mm.evaluation.settings import run_name, run_settings
 from headkv_mm.evaluation.storage import check_same, read_json, write_json
 from headkv_mm.evaluation.text.answering import Reader, stop_tokens
 from headkv_mm.evaluation.text.cells import CellRunner, OnDocuments, Outcome, document_depth
 from headkv_mm.evaluation.text.settings import EVICTS_WHILE_ANSWERING, Cell, TextSettings
 from headkv_mm.evaluation.text.tokens import Encoder
+from headkv_mm.fingerprint import fingerprint
 
 
 class TextRunner:
