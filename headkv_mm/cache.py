@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from copy import copy, deepcopy
 from typing import Any, Literal
@@ -17,14 +17,13 @@ from .attention import implementation_over
 from .budgets import Budget
 from .compression import Compression
 from .image_grid import ImageGrid
+from .known import Known, with_known
 from .layer import HeadKVLayer
-from .layer_hooks import hooks_on
+from .layer_hooks import propagation_on
 from .memory import CacheReport
 from .model_pool import ModelPool
 from .plan import LayerPlace
 from .propagation import Propagation
-from .registry import Pieces
-from .schedules import TokenSelective
 from .tensor_parallel import HeadShard
 
 
@@ -41,6 +40,7 @@ class HeadKVCache(Cache):
         budget: replaces the compression's budget.
         image_grid: where the image lies; by default what the configuration states. Without one it is a text's cache.
         kind: "text" for a model that also draws (Janus) when it is to write text; None: an image if there is a grid.
+        known: what the method's pieces know of the model already, as a saved cache holds it; see `headkv_mm.known`.
         options: options of the method.
 
     Raises:
@@ -56,6 +56,7 @@ class HeadKVCache(Cache):
         budget: Budget | None = None,
         image_grid: ImageGrid | None = None,
         kind: Literal["image", "text"] | None = None,
+        known: Known | None = None,
         **options: Any,
     ) -> None:
         config = model_or_config if isinstance(model_or_config, PreTrainedConfig) else model_or_config.config
@@ -75,7 +76,7 @@ class HeadKVCache(Cache):
                 ) from None
             raise
         if pieces is not None:
-            pieces = pieces.for_model(model_or_config)
+            pieces = (with_known(pieces, known) if known else pieces).for_model(model_or_config)
         shard = HeadShard.of(model_or_config)
         layers = DynamicCache(config=text_config).layers
         compressed = [type(layer) is DynamicLayer for layer in layers]
@@ -99,7 +100,7 @@ class HeadKVCache(Cache):
                 for index, layer in enumerate(layers)
             ]
         )
-        self.propagation = _propagation(model_or_config, pieces, layers, image=self.image_grid is not None)
+        self.propagation = propagation_on(model_or_config, pieces, layers, image=self.image_grid is not None)
         """Which tokens of a forward go on after one of its layers; None where all do, as with most methods."""
         self._share()
 
@@ -201,11 +202,15 @@ class HeadKVCache(Cache):
 
     @property
     def nbytes_peak(self) -> int:
-        """The sum over layers of the most bytes that each ever held, and one layer's dense prompt while it chose."""
-        held = sum(
-            layer.nbytes_peak if isinstance(layer, HeadKVLayer) else _stock_nbytes(layer) for layer in self.layers
-        )
-        return max(held + max((layer.nbytes_dense for layer in self.compressed_layers), default=0), self.nbytes)
+        """The sum over layers of the most bytes that each ever held, and one layer's dense prompt while it chose.
+
+        Where layers wait for one another before they divide one budget, what all of them held together meanwhile, with
+        what was being copied, if that was more.
+        """
+        ours = self.compressed_layers
+        stock = sum(_stock_nbytes(layer) for layer in self.layers if not isinstance(layer, HeadKVLayer))
+        held = sum(layer.nbytes_peak for layer in ours) + max((layer.nbytes_dense for layer in ours), default=0)
+        return max(stock + max([held, *(layer.pool.nbytes_peak for layer in ours)]), self.nbytes)
 
     def kept_positions(self, layer: int) -> list[list[Tensor]]:
         """Positions that a layer keeps, counted from the first real token of each row.
@@ -252,29 +257,6 @@ def _grid(kind: str | None, given: ImageGrid | None, config: Any) -> ImageGrid |
     if kind == "image" and grid is None:
         raise ValueError(f"{type(config).__name__} states no image grid; pass image_grid=ImageGrid(height, width)")
     return grid
-
-
-def _propagation(
-    model_or_config: Any, pieces: Pieces | None, layers: Sequence[Any], *, image: bool
-) -> Propagation | None:
-    """What lets only some tokens go on to later layers, hooked up to the model; None for methods that do not.
-
-    Raises:
-        ValueError: if the model cannot be followed.
-    """
-    if pieces is None or not isinstance(pieces.schedule, TokenSelective):
-        return None
-    others = sorted({type(layer).__name__ for layer in layers if type(layer) is not DynamicLayer})
-    if image:
-        raise ValueError(
-            "this method chooses among the tokens of a prompt, and an image is written token by token; use it for texts"
-        )
-    if others:
-        raise ValueError(
-            f"the model has layers of other kinds ({', '.join(others)}), whose caches need every token, so none can be "
-            "left behind; use another method, such as 'snapkv'"
-        )
-    return Propagation(pieces.schedule, hooks_on(model_or_config))
 
 
 def check_supported(text_config: PreTrainedConfig) -> None:

@@ -20,6 +20,7 @@ from .table_files import (
     shipped_table,
     table_text,
     text_config,
+    tuples,
     typed,
     write_table,
 )
@@ -177,7 +178,7 @@ def _read(content: Mapping[str, Any]) -> CompiledTables:
         raise ValueError("its content is not what its sha256 says")
     if missing := sorted(set(CompiledTables.__dataclass_fields__) - set(stated)):
         raise TypeError(f"{', '.join(missing)} missing")
-    lists = {name: _tuples(typed(content, name, list)) for name in (*_LISTS, *_EDGES)}
+    lists = {name: tuples(typed(content, name, list)) for name in (*_LISTS, *_EDGES)}
     return CompiledTables(
         fingerprint=typed(content, "fingerprint", str),
         texts=typed(content, "texts", int),
@@ -193,11 +194,6 @@ _EDGES = ("entropy_edges", "perplexity_edges", "budgets")
 def _digest(fields: Mapping[str, Any]) -> str:
     """SHA-256 of everything that a file says, but for what it is."""
     return hashlib.sha256(json.dumps(fields, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
-
-
-def _tuples(value: Any) -> Any:
-    """The same with tuples in place of lists."""
-    return tuple(map(_tuples, value)) if isinstance(value, list) else value
 
 
 def _shape(table: Any) -> Any:

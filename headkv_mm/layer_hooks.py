@@ -9,14 +9,17 @@ from __future__ import annotations
 
 import inspect
 import weakref
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers.cache_utils import DynamicLayer
 
 from .propagation import Propagation, Selection
+from .registry import Pieces
+from .schedules import TokenSelective
 
 _CACHE = "past_key_values"
 _NEEDED = ("hidden_states", "attention_mask", "position_embeddings", _CACHE)
@@ -42,6 +45,35 @@ class LayerHooks:
     def __deepcopy__(self, memo: dict[int, Any]) -> LayerHooks:
         """Itself: a copied cache is for the same model."""
         return self
+
+
+def propagation_on(
+    model_or_config: Any, pieces: Pieces | None, layers: Sequence[Any], *, image: bool
+) -> Propagation | None:
+    """What lets only some tokens go on to later layers, hooked up to the model; None for methods that do not.
+
+    Args:
+        model_or_config: the model.
+        pieces: the method's, for the model.
+        layers: as the stock cache has them.
+        image: is it an image that is written?
+
+    Raises:
+        ValueError: if the model cannot be followed.
+    """
+    if pieces is None or not isinstance(pieces.schedule, TokenSelective):
+        return None
+    others = sorted({type(layer).__name__ for layer in layers if type(layer) is not DynamicLayer})
+    if image:
+        raise ValueError(
+            "this method chooses among the tokens of a prompt, and an image is written token by token; use it for texts"
+        )
+    if others:
+        raise ValueError(
+            f"the model has layers of other kinds ({', '.join(others)}), whose caches need every token, so none can be "
+            "left behind; use another method, such as 'snapkv'"
+        )
+    return Propagation(pieces.schedule, hooks_on(model_or_config))
 
 
 def hooks_on(model: Any) -> LayerHooks:

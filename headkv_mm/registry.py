@@ -19,7 +19,8 @@ from .pieces import Allocator, ModelAllocator, Schedule, Scorer, Selector
 from .plan import Plan
 
 KINDS = ("image", "text")
-_PIECES = ("scorer", "allocator", "selector", "schedule")
+PIECES = ("scorer", "allocator", "selector", "schedule")
+"""The fields of `Pieces`."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -71,9 +72,9 @@ class Pieces:
         changed: dict[str, Any] = {
             name: _piece_of(piece, name, kind) if isinstance(piece, str) else piece
             for name, piece in options.items()
-            if name in _PIECES
+            if name in PIECES
         }
-        for name in _PIECES:
+        for name in PIECES:
             piece = changed.get(name, getattr(self, name))
             own = {field.name for field in dataclasses.fields(piece)} & set(options)
             changed[name] = _replace(piece, {option: options[option] for option in own}) if own else piece
@@ -85,7 +86,7 @@ class Pieces:
         Raises:
             ValueError: if a piece does not suit the model.
         """
-        pieces = {name: getattr(self, name) for name in _PIECES}
+        pieces = {name: getattr(self, name) for name in PIECES}
         bound = {
             name: piece.for_model(model_or_config) for name, piece in pieces.items() if hasattr(piece, "for_model")
         }
@@ -156,7 +157,7 @@ class Method:
             kind: pieces.with_options(options, kind) for kind in KINDS if (pieces := getattr(self, kind)) is not None
         }
         method = dataclasses.replace(self, **swapped)
-        unknown = sorted(set(options) - set(method.options) - (set(_PIECES) if self.compresses else set()))
+        unknown = sorted(set(options) - set(method.options) - (set(PIECES) if self.compresses else set()))
         if unknown:
             expected = ", ".join(sorted(method.options)) if method.options else "none"
             raise ValueError(

@@ -14,13 +14,13 @@ import torch
 from torch import Tensor
 
 from .devices import input_device, layer_devices
-from .fingerprint import fingerprint
+from .fingerprint import fingerprint, stated_config
 
 if TYPE_CHECKING:
     from .cache import HeadKVCache
 
 FORMAT = "headkv-mm cache"
-VERSION = 1
+VERSION = 2
 _HEADER = "headkv_mm"
 _SUMMED = 1 << 24
 """Bytes per piece of the checksum."""
@@ -65,7 +65,9 @@ def save_cache(
                 "format": FORMAT,
                 "version": VERSION,
                 "model": fingerprint(model),
+                "config": stated_config(model),
                 "compression": compression,
+                "known": _known(cache),
                 "layers": [state.numbers for state in states],
                 "checksum": _checksum(tensors),
                 "extra": dict(extra or {}),
@@ -108,9 +110,15 @@ def load_cache(path: str | os.PathLike[str], model: Any) -> HeadKVCache:
             f"{os.fspath(path)} was filled by another model (or other weights of it); read the document again with "
             "this one"
         )
+    config = stated_config(model)
+    if differing := [name for name in config if header["config"].get(name) != config[name]]:
+        raise ValueError(
+            f"{os.fspath(path)} was filled by this model with another configuration ({', '.join(differing)}); read the "
+            "document again with this one"
+        )
     if header["checksum"] != _checksum(tensors):
         raise ValueError(f"{os.fspath(path)} was edited or cut after it was saved; read the document again")
-    cache = HeadKVCache(model, dict(header["compression"]), kind="text")
+    cache = HeadKVCache(model, dict(header["compression"]), kind="text", known=header["known"])
     devices, default = layer_devices(model), input_device(model)
     for index, (layer, numbers) in enumerate(zip(cache.compressed_layers, header["layers"], strict=True)):
         prefix = f"{index}."
@@ -121,6 +129,14 @@ def load_cache(path: str | os.PathLike[str], model: Any) -> HeadKVCache:
         restore_layer(layer, LayerState(own, numbers))
     cache.extra = header["extra"]
     return cache
+
+
+def _known(cache: HeadKVCache) -> dict[str, dict[str, Any]]:
+    """What the pieces of the cache's method know of the model: a table that said so may be gone when it is loaded."""
+    from .known import known_of
+
+    bound, stated = cache.compressed_layers[0].pieces, cache.compression.pieces("text")
+    return {} if bound is None or stated is None else known_of(bound, stated)
 
 
 def _read_header(path: str | os.PathLike[str], text: str | None) -> dict[str, Any]:
@@ -135,7 +151,7 @@ def _read_header(path: str | os.PathLike[str], text: str | None) -> dict[str, An
             f"{os.fspath(path)} has version {header.get('version')!r} of the format, and this package reads {VERSION}; "
             "read the document again"
         )
-    missing = {"model", "compression", "layers", "checksum", "extra"} - set(header)
+    missing = {"model", "config", "compression", "known", "layers", "checksum", "extra"} - set(header)
     if missing:
         raise ValueError(f"{os.fspath(path)} lacks {', '.join(sorted(missing))} in its header; it was edited")
     return header

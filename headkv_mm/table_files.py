@@ -145,6 +145,11 @@ def typed(content: Mapping[str, Any], name: str, kind: type) -> Any:
     return value
 
 
+def tuples(value: Any) -> Any:
+    """The same with tuples in place of lists."""
+    return tuple(map(tuples, value)) if isinstance(value, list) else value
+
+
 def check_fingerprint(found: str, model_or_config: Any, format: TableFormat) -> None:
     """Refuse a table of another model, or of other weights of it; a configuration alone cannot tell.
 
