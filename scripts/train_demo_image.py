@@ -17,7 +17,8 @@ from torch.multiprocessing.spawn import spawn
 from tqdm import tqdm
 
 from headkv_mm.demo.checkpoint import load_checkpoint, save_checkpoint
-from headkv_mm.demo.image_export import check_output, evaluate_settings, export_model, round_to_float16
+from headkv_mm.demo.export import check_output, round_to_float16
+from headkv_mm.demo.image_export import evaluate_settings, export_model
 from headkv_mm.demo.image_model import build_untrained_model
 from headkv_mm.demo.image_training import (
     SamplingSettings,

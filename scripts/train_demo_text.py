@@ -15,9 +15,10 @@ import torch
 
 from headkv_mm.demo.checkpoint import load_checkpoint, save_checkpoint
 from headkv_mm.demo.documents import TASKS
+from headkv_mm.demo.export import check_output, round_to_float16
 from headkv_mm.demo.muon import Muon
 from headkv_mm.demo.text_evaluation import evaluate_text_model, unseen_documents, would_answer
-from headkv_mm.demo.text_export import check_output, export_text_model, round_to_float16, write_scores
+from headkv_mm.demo.text_export import export_text_model, write_scores
 from headkv_mm.demo.text_model import build_untrained_text_model
 from headkv_mm.demo.text_schedule import STAGES, learning_rate_factor, next_batch
 from headkv_mm.demo.text_training import batch_losses, forgetful_mask

@@ -3,15 +3,13 @@
 
 from __future__ import annotations
 
-import json
-import os
-import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from headkv_mm.demo.export import new_model_folder, write_model, write_texts
 from headkv_mm.demo.image_training import SamplingSettings, generate_and_score
 from headkv_mm.demo.parsing import share_all_right
 from headkv_mm.demo.patches import patch_dictionary
@@ -29,13 +27,6 @@ CANDIDATES = (
     SamplingSettings(0.7, 50, 3.0),
 )
 SELECTION_SEED, REPORT_SEED = 2, 3
-
-
-@torch.no_grad()
-def round_to_float16(model: LlamaGenForConditionalGeneration) -> None:
-    """Round the parameters to what float16 can hold, so that the scores are those of the exported weights."""
-    for parameter in model.parameters():
-        parameter.copy_(parameter.half())
 
 
 def evaluate_settings(
@@ -92,16 +83,6 @@ def _best(table: list[dict[str, float]]) -> int:
     return min(near, key=rank)
 
 
-def check_output(folder: Path) -> None:
-    """Refuse to replace anything but a model folder.
-
-    Raises:
-        ValueError: if `folder` exists and is not a model folder.
-    """
-    if folder.exists() and (not folder.is_dir() or (any(folder.iterdir()) and not (folder / "config.json").is_file())):
-        raise ValueError(f"{folder} exists and is no model folder: choose another output")
-
-
 def export_model(
     model: LlamaGenForConditionalGeneration, folder: Path, evaluation: dict[str, Any], training: dict[str, Any]
 ) -> None:
@@ -115,39 +96,18 @@ def export_model(
         evaluation: what `evaluate_settings` returned.
         training: JSON data about the training run.
     """
-    check_output(folder)
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    temporary = folder.with_name(f".{folder.name}.{os.getpid()}.tmp")
-    try:
+    with new_model_folder(folder) as new:
         half = LlamaGenForConditionalGeneration(model.config).to(torch.float16)
         half.load_state_dict(model.state_dict())
         chosen = evaluation["chosen"]
         half.generation_config.update(do_sample=True, **{**chosen, "top_k": int(chosen["top_k"])})
         half.generation_config._from_model_config = False  # chosen here, not copied from the configuration
-        half.save_pretrained(temporary)
-        half.config.dtype = torch.float32  # what it loads as by default: CPUs are slow in float16
-        half.config.save_pretrained(temporary)
-        build_tokenizer(patch_dictionary().size).save_pretrained(temporary)
-        (temporary / "evaluation.json").write_text(
-            json.dumps({"training": training, **evaluation}, indent=2) + "\n", encoding="utf-8"
-        )
-        (temporary / "README.md").write_text(model_card(model, evaluation, training), encoding="utf-8")
-        for file in temporary.iterdir():
-            file.chmod(0o644)  # safetensors makes files that only their owner can read
-        if folder.exists():
-            replaced = folder.with_name(f".{folder.name}.{os.getpid()}.old")
-            os.replace(folder, replaced)
-            os.replace(temporary, folder)
-            shutil.rmtree(replaced)
-        else:
-            os.replace(temporary, folder)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)  # left over only if something failed
+        write_model(half, new)
+        build_tokenizer(patch_dictionary().size).save_pretrained(new)
+        write_texts(new, model_card(model, evaluation, training), evaluation, training)
 
 
-def model_card(
-    model: LlamaGenForConditionalGeneration, evaluation: dict[str, Any], training: dict[str, Any]
-) -> str:
+def model_card(model: LlamaGenForConditionalGeneration, evaluation: dict[str, Any], training: dict[str, Any]) -> str:
     """The folder's README with the measured numbers."""
 
     def row(result: dict[str, Any]) -> str:

@@ -3,35 +3,16 @@
 
 from __future__ import annotations
 
-import json
-import os
-import shutil
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 
+from headkv_mm.demo.export import new_model_folder, write_model, write_texts
 from headkv_mm.demo.text_tokenizer import build_text_tokenizer
 
 if TYPE_CHECKING:
     from transformers import LlamaForCausalLM
-
-
-@torch.no_grad()
-def round_to_float16(model: torch.nn.Module) -> None:
-    """Round the parameters to what float16 can hold, so that the scores are those of the exported weights."""
-    for parameter in model.parameters():
-        parameter.copy_(parameter.half())
-
-
-def check_output(folder: Path) -> None:
-    """Refuse to replace anything but a model folder.
-
-    Raises:
-        ValueError: if `folder` exists and is not a model folder.
-    """
-    if folder.exists() and (not folder.is_dir() or (any(folder.iterdir()) and not (folder / "config.json").is_file())):
-        raise ValueError(f"{folder} exists and is no model folder: choose another output")
 
 
 def export_text_model(
@@ -49,11 +30,8 @@ def export_text_model(
     """
     from transformers import GenerationConfig, LlamaForCausalLM
 
-    check_output(folder)
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    temporary = folder.with_name(f".{folder.name}.{os.getpid()}.tmp")
-    config = model.config
-    try:
+    with new_model_folder(folder) as new:
+        config = model.config
         half = LlamaForCausalLM(config).to(torch.float16)
         half.load_state_dict(model.state_dict())
         half.generation_config = GenerationConfig(
@@ -62,34 +40,14 @@ def export_text_model(
             bos_token_id=config.bos_token_id,
             eos_token_id=config.eos_token_id,
         )
-        half.save_pretrained(temporary)
-        half.config.dtype = torch.float32  # what it loads as by default: CPUs are slow in float16
-        half.config.save_pretrained(temporary)
-        build_text_tokenizer().save_pretrained(temporary)
-        write_scores(temporary, evaluation, training)
-        for file in temporary.iterdir():
-            file.chmod(0o644)  # safetensors makes files that only their owner can read
-        if folder.exists():
-            replaced = folder.with_name(f".{folder.name}.{os.getpid()}.old")
-            os.replace(folder, replaced)
-            os.replace(temporary, folder)
-            shutil.rmtree(replaced)
-        else:
-            os.replace(temporary, folder)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)  # left over only if something failed
+        write_model(half, new)
+        build_text_tokenizer().save_pretrained(new)
+        write_scores(new, evaluation, training)
 
 
 def write_scores(folder: Path, evaluation: dict[str, Any], training: dict[str, Any]) -> None:
     """Write or replace the card and the scores of an exported model."""
-    texts = {
-        "evaluation.json": json.dumps({"training": training, **evaluation}, indent=2) + "\n",
-        "README.md": model_card(evaluation, training),
-    }
-    for name, text in texts.items():
-        temporary = folder / f".{name}.{os.getpid()}.tmp"
-        temporary.write_text(text, encoding="utf-8")
-        os.replace(temporary, folder / name)
+    write_texts(folder, model_card(evaluation, training), evaluation, training)
 
 
 def model_card(evaluation: dict[str, Any], training: dict[str, Any]) -> str:

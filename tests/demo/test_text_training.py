@@ -21,7 +21,7 @@ from headkv_mm.demo import text_schedule
 from headkv_mm.demo.checkpoint import load_checkpoint, save_checkpoint
 from headkv_mm.demo.documents import TASKS, is_held_out, make_document, prompt_text
 from headkv_mm.demo.text_evaluation import evaluate_text_model, exact_share, unseen_documents, would_answer
-from headkv_mm.demo.text_export import check_output, export_text_model, write_scores
+from headkv_mm.demo.text_export import export_text_model, write_scores
 from headkv_mm.demo.text_model import LOOK_BACK_OFFSETS, build_untrained_text_model
 from headkv_mm.demo.text_rows import KINDS, VALUE_WEIGHT, document_row, repeats_row, token_ids
 from headkv_mm.demo.text_schedule import FULL_MIX, MIXED_LENGTHS, STAGES, learning_rate_factor, next_batch
@@ -235,12 +235,6 @@ def test_export(tmp_path: Path) -> None:
     assert json.loads((folder / "evaluation.json").read_text(encoding="utf-8"))["training"] == TRAINING
     write_scores(folder, {**RESULTS, "documents": 9}, TRAINING)
     assert json.loads((folder / "evaluation.json").read_text(encoding="utf-8"))["documents"] == 9
-
-
-def test_export_replaces_model_folders_only(tmp_path: Path) -> None:
-    (tmp_path / "notes.txt").write_text("keep me", encoding="utf-8")
-    with pytest.raises(ValueError, match="is no model folder"):
-        check_output(tmp_path)
 
 
 def test_evaluation_of_an_untrained_model_scores_nothing() -> None:

@@ -17,7 +17,7 @@ from transformers import AutoModelForMultimodalLM, AutoTokenizer
 from headkv_mm.demo import image_export
 from headkv_mm.demo.captions import scene_from_caption
 from headkv_mm.demo.checkpoint import load_checkpoint, save_checkpoint
-from headkv_mm.demo.image_export import check_output, export_model
+from headkv_mm.demo.image_export import export_model
 from headkv_mm.demo.image_model import build_untrained_model, word_ids
 from headkv_mm.demo.image_training import batch_loss, forgetful_mask, learning_rate_factor, training_batches
 from headkv_mm.demo.muon import Muon, orthogonalise
@@ -194,15 +194,6 @@ def test_export(tmp_path: Path) -> None:
     assert AutoTokenizer.from_pretrained(folder).model_max_length == 15
     assert "| 0.7 | 50 | 1.5 | 25.0 % |" in (folder / "README.md").read_text(encoding="utf-8")
     assert json.loads((folder / "evaluation.json").read_text(encoding="utf-8"))["training"] == TRAINING
-
-
-def test_export_replaces_model_folders_only(tmp_path: Path) -> None:
-    (tmp_path / "notes.txt").write_text("keep me", encoding="utf-8")
-    with pytest.raises(ValueError, match="is no model folder"):
-        check_output(tmp_path)
-    with pytest.raises(ValueError, match="is no model folder"):
-        check_output(tmp_path / "notes.txt")
-    check_output(tmp_path / "new")
 
 
 def _script() -> ModuleType:
