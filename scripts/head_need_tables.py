@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from headkv_mm.evaluation.heads.tables import number, rankings
-from headkv_mm.evaluation.tables import percent, table
+from headkv_mm.evaluation.tables import interval, percent, table
 
 RESULTS = Path(__file__).resolve().parents[1] / "benchmarks" / "results"
 SHOWN = (
@@ -23,8 +23,13 @@ SHOWN = (
     "attention times size of the projected value",
     "entropy (as effective entries)",
     "best entries, tau 0.9, 1 row",
+    "pointed attention",
+    "pointed attention, contrast 4",
+    "pointed attention, contrast 8",
     "attention of the last row, pooled",
     "the same times projected value, pooled",
+    "shipped head table, r2",
+    "shipped head table, srh",
     "the item before, needs",
     "calibrated table of needs",
     "calibrated table of curves",
@@ -34,6 +39,19 @@ SHOWN = (
     "uniform",
 )
 BUDGETS = ("1/8", "1/16")
+FORMS = {
+    "uniform": "",
+    "attention of the last row, pooled": "curves-model",
+    "entropy (as effective entries)": "entropy-model",
+    "best entries, tau 0.9, 1 row": "curve-length-model",
+    "backward tokens, tau 0.9, 1 row": "backward-model",
+    "attention beyond the last row": "distant-model",
+    "pointed attention": "pointed-of-64-up-to-16-model",
+    "pointed attention, contrast 4": "pointed-of-64-contrast-4-up-to-16-model",
+    "pointed attention, contrast 8": "pointed-of-64-contrast-8-up-to-16-model",
+    "shipped head table, r2": "table",
+}
+"""Predictors whose division has answered questions, and its name in `benchmarks/allocation_forms.py`."""
 
 
 def predictors_of_images() -> str:
@@ -54,6 +72,28 @@ def rankings_of_images() -> str:
 def rankings_of_texts() -> str:
     """The same on texts."""
     return rankings(_load("heads_text"))
+
+
+def mass_and_answers() -> str:
+    """What divisions of texts retain of the attention, and how many documents they answer right, at 1/8."""
+    found = {one["name"]: one for one in _load("heads_text")["predictors"]}
+    runs = _load("allocation_exploration")["text"]["runs"]
+    right = {run["method"]: run["right"] for run in runs if run["budget"] == 1 / 8}
+    rows = []
+    for name, form in FORMS.items():
+        one = found[name]
+        at = one["budgets"]["1/8"]["model"]
+        rows.append(
+            [
+                name,
+                one["form"],
+                number(one["spearman"]["model"]),
+                number(at["regret"], 100),
+                number(at["ranked_over_uniform"], 100, sign=True),
+                interval(right[f"keys+{form}" if form else "keydiff"]),
+            ]
+        )
+    return table(["predictor", "division", "Spearman", "regret 1/8", "gain 1/8", "documents right 1/8"], rows)
 
 
 def needs() -> str:
