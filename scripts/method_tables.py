@@ -3,18 +3,16 @@
 
 from __future__ import annotations
 
-import json
-from pathlib import Path
-from typing import Any
+from result_files import load
 
 from headkv_mm.compiled_tables import SHIPPED_NAME as COMPILED_NAME
 from headkv_mm.compiled_tables import load_compiled_tables
 from headkv_mm.demo import text_model_path
 from headkv_mm.evaluation.settings import FULL, budget_label
 from headkv_mm.evaluation.tables import interval, percent, table
+from headkv_mm.head_tables import SHIPPED, load_head_table
 from headkv_mm.layer_tables import SHIPPED_NAME, load_layer_table
 
-RESULTS = Path(__file__).resolve().parents[1] / "benchmarks" / "results"
 SEGMENT_SCORERS = ("keydiff", "r-kv", "expected-attention", "tova")
 
 
@@ -51,6 +49,25 @@ def method_rows() -> str:
         rows.append(["full cache" if full else f"`{name}`", *answered, *drawn, *costs])
     heads = ["method", "before, 1/4", "before, 1/8", "after, 1/4", "after, 1/8", "image, 1/6", "image, 1/8"]
     return table([*heads, "prefill", "decode", "bytes"], rows)
+
+
+def images() -> str:
+    """The short table of the image evaluation: bytes and quality."""
+    content = load("images/results.json")
+    rows = []
+    for run in content["runs"]:
+        summary = run["summary"]
+        full = run["method"] == FULL
+        rows.append(
+            [
+                "full cache" if full else f"`{run['method']}`",
+                "" if full else budget_label(run["budget"]),
+                percent(summary["bytes_ratio"]),
+                interval(summary["outcomes"]["all_right"]),
+                "" if full else interval(summary["difference_to_full"]["all_right"], sign=True),
+            ]
+        )
+    return table(["method", "budget", "bytes held", "images all right", "difference to full"], rows)
 
 
 def images_methods() -> str:
@@ -101,6 +118,18 @@ def layer_errors() -> str:
     return table(["layer", "error", "share"], rows)
 
 
+def head_table() -> str:
+    """The head table of the embedded language model, by layer."""
+    shipped = load_head_table(text_model_path() / SHIPPED["r2"])
+    rows = [
+        [str(layer), percent(sum(scores)), *(percent(score) for score in scores)]
+        for layer, scores in enumerate(shipped.kv_scores().tolist())
+    ]
+    names = [f"KV head {head}" for head in range(shipped.kv_heads)]
+    said = f"{shipped.answered} of {shipped.examples} prompts were answered right. Shares of all scores:"
+    return f"{said}\n\n{table(['layer', 'all its heads', *names], rows)}"
+
+
 def compiled_tables() -> str:
     """What the embedded language model's compiled tables lose and hold on texts kept apart."""
     shipped = load_compiled_tables(text_model_path() / COMPILED_NAME)
@@ -113,9 +142,3 @@ def compiled_tables() -> str:
         for means in shipped.validation
     ]
     return table(["budget", "full cache", "identity tables", "compiled tables", "entries held of the budget"], rows)
-
-
-def load(name: str) -> dict[str, Any]:
-    """A committed result."""
-    content: dict[str, Any] = json.loads((RESULTS / name).read_text(encoding="utf-8"))
-    return content
