@@ -12,6 +12,7 @@ from .scorers import (
     KeyDifference,
     KeyNorm,
     LastQuery,
+    LogitSpread,
     OutputNorm,
     Random,
     Recency,
@@ -67,6 +68,13 @@ register_method(
     text=Pieces(LastQuery(), Uniform(window=1), Stratified(strata_ratio=0.0, sinks=0), EachInterval()),
     description="The same entries in every head: what the newest query attends to, averaged over the heads.",
     source="arXiv 2401.06104",
+)
+register_method(
+    "logit-spread",
+    image=Pieces(LogitSpread(), Uniform(), _BY_SCORE, EachRow()),
+    text=Pieces(LogitSpread(), Uniform(), _BY_SCORE, EachInterval()),
+    description="The same budget for every head; what the last queries ask for most differently.",
+    source="this library",
 )
 register_method(
     "adakv",

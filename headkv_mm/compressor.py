@@ -10,7 +10,7 @@ from torch import Tensor
 
 from . import kernels
 from .model_pool import ModelPool
-from .observer import Observer
+from .observer import Observer, queries_counted
 from .pieces import Allocation, ModelAllocator, Observed
 from .plan import Plan
 from .ragged import RaggedKV
@@ -82,7 +82,8 @@ class LayerCompressor:
             max_length=store.max_length,
             softcap=softcap,
             sinks=sinks,
-            mass=store.mass if self._attention_counts() else None,
+            mass=store.mass if self._queries_counted(1) else None,
+            mass_of=self.pieces.scorer.adds_up,
         )
         self._count(1)
         self.after_decode(query, scale)
@@ -157,13 +158,14 @@ class LayerCompressor:
         step = self.plan.step
         return max(self.pieces.schedule.first(self.plan), (self.decoded // step + 1) * step)
 
-    def _attention_counts(self) -> bool:
-        """Does the attention of the token that is about to be decoded count for the next decision?"""
-        return self.next_due - self.decoded <= self.pieces.scorer.attention_window(self.plan)
+    def _queries_counted(self, tokens: int) -> int:
+        """How many of the newest of `tokens` queries, before they are counted as decoded, add to `RaggedKV.mass`?"""
+        until_due = self.next_due - self.decoded - tokens
+        return queries_counted(tokens, until_due=until_due, window=self.pieces.scorer.attention_window(self.plan))
 
     @property
     def wants_mass(self) -> bool:
-        """Must the storage have room for attention?"""
+        """Must the storage have room for what is added up?"""
         return self.pieces.scorer.attention_window(self.plan) > 0
 
     def _queries_needed(self, *, undecided: bool) -> int:

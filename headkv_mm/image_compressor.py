@@ -18,6 +18,7 @@ from .pieces import Allocation, Observed
 from .ragged import RaggedKV
 from .registry import Pieces
 from .schedules import AfterGrouping
+from .squared_logits import squared_logits
 
 
 class ImageCompressor(LayerCompressor):
@@ -132,6 +133,7 @@ class ImageCompressor(LayerCompressor):
         self.decoded -= tokens
         # What was learnt from the removed queries cannot be taken out of a sum; the next ones start anew.
         self.observer = Observer()
+        self._forget()
 
     def after_decode(self, query: Tensor, scale: float) -> None:
         """Observe the query and evict if a row has ended."""
@@ -142,11 +144,14 @@ class ImageCompressor(LayerCompressor):
         self.seen += visible.sum(-1, dtype=torch.int32)
 
     def _add_chunk_mass(self, query: Tensor, positions: Tensor, scale: float) -> None:
-        """Decoding adds up attention as it goes; a chunk adds its own here."""
-        store = self.store
-        if store.mass is None:
+        """Decoding adds up attention, or what the scorer wants, as it goes; a chunk adds its own here."""
+        store, window = self.store, self._queries_counted(query.shape[2])
+        if store.mass is None or not window:
             return
-        window = min(query.shape[2], self.pieces.scorer.attention_window(self.plan))
+        if self.pieces.scorer.adds_up == "squared_logits":
+            asked = query.transpose(1, 2)[:, -window:]
+            store.mass += squared_logits(asked, positions[:, -window:], store, scale=scale)
+            return
         mean = kernels.window_mass(
             query.transpose(1, 2)[:, -window:],
             positions[:, -window:],
@@ -166,7 +171,7 @@ class ImageCompressor(LayerCompressor):
         self.decoded += query.shape[2]
         allocated = self.observer.watch(
             query,
-            step=plan.step,
+            window=pieces.scorer.mean_window(plan),
             until_due=until_due,
             mean=pieces.scorer.needs_mean_query,
             last=self._queries_needed(undecided=undecided),
@@ -194,11 +199,12 @@ class ImageCompressor(LayerCompressor):
             row_budgets=[self.plan.budget] * store.rows,
             row_seen=self.row_seen,
             mean_query=self.observer.mean_query,
+            query_counts=self.observer.counts,
             queries=queries,
             # The newest query has age 1.
             query_positions=None if ages is None else (self.seen[:, None] - ages).to(torch.int32),
             credit=store.credit,
-            attention=store.mass,
+            added_up=store.mass,
         )
         scores = self.pieces.scorer.score_entries(observed)
         if self.allocation is not None and not decide:

@@ -75,7 +75,7 @@ def restore_layer(layer: HeadKVLayer, state: LayerState) -> None:
 
 
 def _compressor_state(layer: TextCompressor) -> LayerState:
-    """Everything that is held, but for what was observed since the last decision."""
+    """Everything that is held, but for single queries that a method may have kept since the last decision."""
     store = layer.store
     tensors = {name: getattr(store, name) for name in _STORED}
     tensors["seen"] = layer.seen
@@ -83,6 +83,9 @@ def _compressor_state(layer: TextCompressor) -> LayerState:
     numbers: dict[str, Any] = {name: getattr(layer, name) for name in _NUMBERS}
     numbers |= {name: getattr(store, name) for name in _ON_HOST}
     numbers["decided"] = [None if row is None else row.numbers for row in layer.decided]
+    query_sum = layer.observer.query_sum
+    if query_sum is not None:
+        tensors["observed"], numbers["observed_queries"] = query_sum, layer.observer.counts
     for index, row in enumerate(layer.decided):
         if row is not None:
             tensors |= {f"decided.{index}.{name}": tensor for name, tensor in row.tensors.items()}
@@ -109,6 +112,8 @@ def _restored(pieces: Pieces, plan: TextPlan, state: LayerState, pool: ModelPool
         ordered=numbers["ordered"],
         **{name: tensors[name] for name in _BESIDE if name in tensors},
     )
+    if "observed" in tensors:
+        new.observer.take_up(tensors["observed"], numbers["observed_queries"])
     new.decided = [row and _decided(tensors, index, row) for index, row in enumerate(numbers["decided"])]
     new.take_up()
     return new

@@ -10,20 +10,24 @@ from torch import Tensor
 class Observer:
     """A running sum of queries for the scorer, and the last queries for the allocator.
 
-    Both are taken only when they can still matter: during the step before a decision, and the last queries only where
-    somebody asks for them.
+    Both are taken only when they can still matter: shortly before a decision, and only where somebody asks for them.
     """
 
     def __init__(self) -> None:
         self._sum: Tensor | None = None  # [B, H, D] float32
-        self._count = 0
+        self.counts: list[int] = []
+        """How many queries of each row are in the sum; empty for none."""
         self._last: Tensor | None = None  # [B, Q, H, D]
         self._filled = 0
 
     @property
     def mean_query(self) -> Tensor | None:
         """[B, H, D] float32, the mean query since the last decision."""
-        return None if self._sum is None else self._sum / max(self._count, 1)
+        if self._sum is None:
+            return None
+        if len(set(self.counts)) < 2:
+            return self._sum / max([1, *self.counts])
+        return self._sum / self._sum.new_tensor(self.counts).clamp(min=1)[:, None, None]
 
     @property
     def queries(self) -> Tensor | None:
@@ -39,7 +43,7 @@ class Observer:
         self,
         query: Tensor,
         *,
-        step: int,
+        window: int,
         until_due: int,
         mean: bool,
         last: int,
@@ -49,7 +53,7 @@ class Observer:
 
         Args:
             query: [B, H, T, D].
-            step: tokens between two decisions.
+            window: how many of the last queries before a decision the mean is of.
             until_due: tokens left until the next decision, after these.
             mean: the mean query is needed.
             last: how many of the last queries are needed.
@@ -60,11 +64,16 @@ class Observer:
         """
         before = len(self.tensors)
         tokens = query.shape[2]
-        if mean and until_due < step:
-            seen = query if visible is None else query * visible[:, None, :, None]
-            total = (seen[:, :, 0] if tokens == 1 else seen.sum(2)).float()
+        counted = queries_counted(tokens, until_due=until_due, window=window)
+        if mean and counted:
+            newest = query[:, :, tokens - counted :].float()
+            counts = [counted] * query.shape[0]
+            if visible is not None:
+                real = visible[:, tokens - counted :]  # [B, T]
+                newest, counts = torch.where(real[:, None, :, None], newest, 0.0), real.sum(-1).tolist()
+            total = newest[:, :, 0] if counted == 1 else newest.sum(2)
             self._sum = total.clone() if self._sum is None else self._sum.add_(total)
-            self._count += tokens
+            self.counts = [old + new for old, new in zip(self.counts or [0] * len(counts), counts, strict=True)]
         if last and until_due < last:
             self._remember(query.transpose(1, 2), last)
         return len(self.tensors) > before
@@ -85,7 +94,7 @@ class Observer:
         """Forget after a decision. The sum's memory stays for the next row; the last queries are needed no more."""
         if self._sum is not None:
             self._sum.zero_()
-        self._count = 0
+        self.counts = []
         self._last, self._filled = None, 0
 
     def copy(self) -> Observer:
@@ -93,10 +102,31 @@ class Observer:
         twin = Observer()
         twin._sum = None if self._sum is None else self._sum.clone()
         twin._last = None if self._last is None else self._last.clone()
-        twin._count, twin._filled = self._count, self._filled
+        twin.counts, twin._filled = list(self.counts), self._filled
         return twin
 
     def select_rows(self, rows: Tensor) -> None:
         """Take, repeat or reorder rows; `rows` is [B'] int64."""
         self._sum = None if self._sum is None else self._sum[rows]
         self._last = None if self._last is None else self._last[rows]
+        self.counts = self.counts and [self.counts[row] for row in rows.tolist()]
+
+    @property
+    def query_sum(self) -> Tensor | None:
+        """[B, H, D] float32, the sum that `mean_query` is made of; None if nothing was added up."""
+        return self._sum if self.counts else None
+
+    def take_up(self, query_sum: Tensor, counts: list[int]) -> None:
+        """Go on from a sum of queries, [B, H, D] float32, and how many of each row are in it."""
+        self._sum, self.counts = query_sum, counts
+
+
+def queries_counted(tokens: int, *, until_due: int, window: int) -> int:
+    """How many of the newest `tokens` queries are among the last `window` before a decision.
+
+    Args:
+        tokens: new queries.
+        until_due: tokens left until the decision, after these; a decision that is due already (negative) falls now.
+        window: queries.
+    """
+    return max(min(tokens, window - max(until_due, 0)), 0)

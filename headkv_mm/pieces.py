@@ -16,6 +16,7 @@ from typing import Protocol, runtime_checkable
 import torch
 from torch import Tensor
 
+from .kernels.mass_kinds import MassOf
 from .plan import Plan
 from .ragged import RaggedKV
 from .tensor_parallel import HeadShard
@@ -33,14 +34,16 @@ class Observed:
         scale: multiplies q.k.
         row_budgets: entries per KV head, after the condition, that each row keeps on the average; on the host.
         row_seen: `seen` on the host.
-        mean_query: [B, H, D] float32, mean of the queries since the last eviction, if the scorer needs it.
+        mean_query: [B, H, D] float32, mean of the last queries before the eviction, if the scorer needs it.
         queries: [B, Q, H, D], the last queries in order, as many as scorer and allocator ask for, or fewer if there are
             no more.
         query_positions: [B, Q] int32, their positions; -1 for padding.
         credit: [N] float32, what the selector remembered of the entries at the last decision, 0 for newer ones, or
             None.
-        attention: [N] float32, attention that each slot got from the last decoded queries (or from all, for scorers
-            that accumulate), summed over queries and group; None at the end of a prompt.
+        added_up: [N] float32, what each slot got from the last decoded queries (or from all, for scorers that
+            accumulate), summed over queries and group: attention, or what else `Scorer.adds_up` names. None at the end
+            of a prompt.
+        query_counts: how many queries of each row `mean_query` is of, on the host, while decoding; else empty.
         softcap: of the attention's logits, 0 for none.
         sinks: [H], learned logits in the softmax's denominator, or None.
         noted: what a `ModelAllocator` noted of the layer, when it divides; else None.
@@ -57,7 +60,8 @@ class Observed:
     queries: Tensor | None = None
     query_positions: Tensor | None = None
     credit: Tensor | None = None
-    attention: Tensor | None = None
+    added_up: Tensor | None = None
+    query_counts: Sequence[int] = ()
     softcap: float = 0.0
     sinks: Tensor | None = None
     noted: Tensor | None = None
@@ -117,8 +121,13 @@ class Scorer:
 
     @property
     def needs_mean_query(self) -> bool:
-        """The mean of the queries since the last decision."""
+        """The mean of the last queries."""
         return False
+
+    @property
+    def adds_up(self) -> MassOf:
+        """What the slots get from every query that `attention_window` counts: "attention", or "squared_logits"."""
+        return "attention"
 
     @property
     def accumulates(self) -> bool:
@@ -132,6 +141,10 @@ class Scorer:
     def attention_window(self, plan: Plan) -> int:
         """How many of the last decoded queries must have left their attention on the slots; 0 if it looks at none."""
         return 0
+
+    def mean_window(self, plan: Plan) -> int:
+        """How many of the last queries before a decision the mean query is of; a prompt's is of those needed."""
+        return plan.step
 
     def held(self, plan: Plan) -> list[Tensor]:
         """Tensors that it holds on behalf of a layer; they count as the cache's."""

@@ -32,7 +32,8 @@ class RaggedKV:
         capacity: [B, G] int32, slots of each region.
         row_slots: slots of each row, known on the host.
         max_length: an upper bound of `length`, known on the host.
-        mass: [N] float32, attention received since it was last cleared, or None where no scorer wants it.
+        mass: [N] float32, attention received since it was last cleared, or what else the scorer lets be added up; None
+            where no scorer wants it.
         credit: [N] float32, what a selector remembers of every entry, 0 for what came since; or None.
         ordered: the entries of every region lie in position order; known on the host.
     """

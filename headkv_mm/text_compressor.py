@@ -157,7 +157,7 @@ class TextCompressor(LayerCompressor):
             undecided = any(late and row is None for late, row in zip(over, self.decided, strict=True))
             allocated = self.observer.watch(
                 query,
-                step=plan.step,
+                window=pieces.scorer.mean_window(plan),
                 until_due=until_due,
                 mean=pieces.scorer.needs_mean_query,
                 last=self._queries_needed(undecided=undecided),
@@ -191,7 +191,7 @@ class TextCompressor(LayerCompressor):
         self.store.evict(self.store.positions >= self.seen[self.store.row_of_slots()])
         self._set_budgets([self.plan.entries(seen) for seen in self.row_seen])
         self.decoded = max(self.decoded - tokens, 0)
-        self.observer.clear()
+        self._forget()
 
     def select_rows(self, rows: Tensor) -> None:
         """Take, repeat or reorder rows of everything that is held; `rows` is [B'] int64."""
@@ -317,8 +317,9 @@ class TextCompressor(LayerCompressor):
             queries=asked.queries,
             query_positions=asked.positions,
             credit=store.credit,
-            # Accumulated attention holds the prompt's; any other counts decoded queries only.
-            attention=store.mass if decoding or scorer.accumulates else None,
+            # Accumulated attention holds the prompt's; any other sum counts decoded queries only.
+            added_up=store.mass if decoding or scorer.accumulates else None,
+            query_counts=self.observer.counts if decoding else (),
             softcap=asked.softcap,
             sinks=asked.sinks,
         )
@@ -373,6 +374,7 @@ class TextCompressor(LayerCompressor):
     def _decided(self, allocation: Allocation, row: int, budget: int) -> Decided:
         # On the host what this process's heads sum to is known without waiting for the device, see `_own`.
         return Decided.of(allocation, row, budget, on_host=self.plan.place.shard.size > 1)
+        self.made_for = []  # regions are made for what is allocated now
 
     def _own(self, allocation: Allocation) -> Allocation:
         """The part of this process's heads, on the layer's device."""

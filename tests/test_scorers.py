@@ -201,7 +201,7 @@ def test_redundancy_while_decoding_takes_the_attention_that_was_added_up() -> No
     store = observed.store
     mass = torch.rand(store.positions.shape, generator=torch.Generator().manual_seed(0)) * 5
     given = by_position(observed, mass)
-    observed = Observed(**{**vars(observed), "attention": mass})
+    observed = Observed(**{**vars(observed), "added_up": mass})
     found = by_position(observed, Redundancy(pool=3).score_entries(observed))
     for row in range(2):
         for head in range(KV_HEADS):
@@ -308,7 +308,7 @@ def test_nothing_is_read_from_the_device_while_decoding(scorer: Any) -> None:
     fields = {name: value.to("meta") for name, value in vars(store).items() if isinstance(value, Tensor)}
     fields = {**vars(store), **fields, "mass": torch.empty(store.positions.shape, device="meta")}
     tensors = {name: value.to("meta") for name, value in vars(observed).items() if isinstance(value, Tensor)}
-    away = Observed(**{**vars(observed), **tensors, "store": RaggedKV(**fields), "attention": fields["mass"]})
+    away = Observed(**{**vars(observed), **tensors, "store": RaggedKV(**fields), "added_up": fields["mass"]})
     scores = scorer.score_entries(away)
     assert scores.device.type == "meta"
     assert scores.shape == store.positions.shape

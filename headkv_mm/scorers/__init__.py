@@ -5,6 +5,7 @@ from .attention import AccumulatedAttention, LastQuery, WindowAttention
 from .chance import Random
 from .expected import ExpectedAttention
 from .keys import KeyDifference, KeyNorm
+from .logit_spread import LogitSpread
 from .output_norm import OutputNorm
 from .query_logits import QueryLogits
 from .recent import Recency, RecentQueries
@@ -18,6 +19,7 @@ __all__ = [
     "KeyDifference",
     "KeyNorm",
     "LastQuery",
+    "LogitSpread",
     "OutputNorm",
     "QueryLogits",
     "Random",

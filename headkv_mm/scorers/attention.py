@@ -51,8 +51,8 @@ class WindowAttention(Scorer):
 
     def score_entries(self, observed: Observed) -> Tensor:
         """Scores [N] float32."""
-        if observed.attention is not None:
-            return pooled(observed.attention, observed.store, self.pool, self.pooling)
+        if observed.added_up is not None:
+            return pooled(observed.added_up, observed.store, self.pool, self.pooling)
         queries, positions = observed.last_queries(self.window)
         store = observed.store
         if not store.ordered:
@@ -89,7 +89,7 @@ class LastQuery(Scorer):
 
     def score_entries(self, observed: Observed) -> Tensor:
         """Scores [N] float32."""
-        attention = observed.attention
+        attention = observed.added_up
         if attention is None:
             attention = window_attention(observed, *observed.last_queries(1))
         return mean_over_heads(attention, observed)
@@ -117,8 +117,8 @@ class AccumulatedAttention(Scorer):
 
     def score_entries(self, observed: Observed) -> Tensor:
         """Scores [N] float32."""
-        if observed.attention is not None:
-            return observed.attention
+        if observed.added_up is not None:
+            return observed.added_up
         queries, positions = observed.last_queries(_ALL)
         # A sum, as decoding goes on adding: the mean over all columns times their number, and over the group.
         group = queries.shape[2] // observed.store.kv_heads

@@ -46,8 +46,8 @@ class RecentQueries(Scorer):
 
     def score_entries(self, observed: Observed) -> Tensor:
         """Scores [N] float32."""
-        if observed.attention is not None:
-            return observed.attention
+        if observed.added_up is not None:
+            return observed.added_up
         if self.score == "softmax":
             return window_attention(observed, *observed.last_queries(observed.plan.step))
         if observed.mean_query is None:

@@ -61,7 +61,7 @@ class Redundancy(Scorer):
     def score_entries(self, observed: Observed) -> Tensor:
         """Scores [N] float32."""
         store = observed.store
-        attention = observed.attention
+        attention = observed.added_up
         if attention is None:
             attention = window_attention(observed, *observed.last_queries(self.window))
         slots, filled = store.slots_in_order()  # [B, G, M]

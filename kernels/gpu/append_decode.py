@@ -165,7 +165,7 @@ def append_decode(
         RP=padded_group(group),
         D=size,
         DP=padded_head_size(size),
-        BLOCK_N=block_slots(size, keys.dtype),
+        BLOCK_N=block_slots(size, keys.dtype, squares=squares is not None),
         SOFTCAP=softcap > 0,
         UPCAST=upcast(query, keys),
         STAGES=STAGES,

@@ -48,9 +48,13 @@ def padded_group(group: int) -> int:
     return max(16, int(triton.next_power_of_2(group)))
 
 
-def block_slots(head_size: int, dtype: torch.dtype) -> int:
-    """Slots per tile so that a tile of K holds about `TILE_BYTES`."""
-    return min(128, max(16, TILE_BYTES // (padded_head_size(head_size) * dtype.itemsize)))
+def block_slots(head_size: int, dtype: torch.dtype, *, squares: bool = False) -> int:
+    """Slots per tile so that a tile of K holds about `TILE_BYTES`; half of that where squared logits are summed too.
+
+    The sums want registers of their own, and with whole tiles fewer programs fit on a multiprocessor.
+    """
+    slots = TILE_BYTES // (padded_head_size(head_size) * dtype.itemsize)
+    return min(128, max(16, slots)) // (2 if squares and slots >= 32 else 1)
 
 
 def upcast(query: Tensor, keys: Tensor) -> bool:
@@ -204,8 +208,8 @@ def attend(
         v = load_tile(values, base + t, ok, D, DP)
         product = dot_keys(q, k, UPCAST)  # [RP, BLOCK_N]
         if squares is not None:
-            old = tl.load(squares + base + t, mask=ok, other=0.0)
-            tl.store(squares + base + t, old + tl.sum(product * product, 0) * (scale * scale), mask=ok)
+            # One add per slot, so nothing depends on an order. A load would be fetched ahead and cost registers.
+            tl.atomic_add(squares + base + t, tl.sum(product * product, 0) * (scale * scale), ok, sem="relaxed")
         logits = logits_base2(product, scale, softcap, SOFTCAP)
         logits = tl.where(ok[None, :], logits, NEGATIVE)
         new_peak = tl.maximum(peak, tl.max(logits, 1))

@@ -170,7 +170,7 @@ def ragged_decode(
         start.shape[1],
         **shape,
         RP=padded_group(group),
-        BLOCK_N=block_slots(size, keys.dtype),
+        BLOCK_N=block_slots(size, keys.dtype, squares=squares is not None),
         SPLIT=chunks > 1,
         SOFTCAP=softcap > 0,
         UPCAST=upcast(query, keys),

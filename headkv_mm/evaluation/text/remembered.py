@@ -9,6 +9,7 @@ from dataclasses import dataclass, field, replace
 
 from torch import Tensor
 
+from headkv_mm.kernels.mass_kinds import MassOf
 from headkv_mm.layer import HeadKVLayer
 from headkv_mm.pieces import Observed, Scorer
 from headkv_mm.plan import Plan
@@ -43,11 +44,18 @@ class Remembered(Scorer):
     def accumulates(self) -> bool:
         return self.scorer.accumulates
 
+    @property
+    def adds_up(self) -> MassOf:
+        return self.scorer.adds_up
+
     def queries_needed(self, plan: Plan, *, decoding: bool) -> int:
         return self.scorer.queries_needed(plan, decoding=decoding)
 
     def attention_window(self, plan: Plan) -> int:
         return self.scorer.attention_window(plan)
+
+    def mean_window(self, plan: Plan) -> int:
+        return self.scorer.mean_window(plan)
 
     def held(self, plan: Plan) -> list[Tensor]:
         return self.scorer.held(plan)
