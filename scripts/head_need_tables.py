@@ -3,15 +3,14 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
+
+from result_files import load
 
 from headkv_mm.evaluation.heads.tables import number, rankings
 from headkv_mm.evaluation.tables import interval, percent, table
 
-RESULTS = Path(__file__).resolve().parents[1] / "benchmarks" / "results"
 SHOWN = (
     "backward tokens, tau 0.9, 1 query",
     "backward tokens, tau 0.9, 1 row",
@@ -56,28 +55,28 @@ FORMS = {
 
 def predictors_of_images() -> str:
     """Rank correlation, regret and gain of chosen predictors on images."""
-    return _predictors(_load("heads_images"))
+    return _predictors(load("heads_images/results.json"))
 
 
 def predictors_of_texts() -> str:
     """The same on texts."""
-    return _predictors(_load("heads_text"))
+    return _predictors(load("heads_text/results.json"))
 
 
 def rankings_of_images() -> str:
     """What every ranking loses on images."""
-    return rankings(_load("heads_images"))
+    return rankings(load("heads_images/results.json"))
 
 
 def rankings_of_texts() -> str:
     """The same on texts."""
-    return rankings(_load("heads_text"))
+    return rankings(load("heads_text/results.json"))
 
 
 def mass_and_answers() -> str:
     """What divisions of texts retain of the attention, and how many documents they answer right, at 1/8."""
-    found = {one["name"]: one for one in _load("heads_text")["predictors"]}
-    runs = _load("allocation_exploration")["text"]["runs"]
+    found = {one["name"]: one for one in load("heads_text/results.json")["predictors"]}
+    runs = load("allocation_exploration/results.json")["text"]["runs"]
     right = {run["method"]: run["right"] for run in runs if run["budget"] == 1 / 8}
     rows = []
     for name, form in FORMS.items():
@@ -100,7 +99,7 @@ def needs() -> str:
     """How much heads differ in their needs, and how much of it stays from item to item."""
     rows = []
     for folder in ("heads_images", "heads_text"):
-        content = _load(folder)
+        content = load(f"{folder}/results.json")
         found, settings = content["needs"], content["settings"]
         late = [need for layer in found["late"] for need in layer]
         rows.append(
@@ -133,8 +132,3 @@ def _predictors(content: Mapping[str, Any]) -> str:
         )
     heads = ["predictor", "division", "Spearman", "inside layers"]
     return table([*heads, *(f"regret {budget}" for budget in BUDGETS), *(f"gain {budget}" for budget in BUDGETS)], rows)
-
-
-def _load(folder: str) -> dict[str, Any]:
-    content: dict[str, Any] = json.loads((RESULTS / folder / "results.json").read_text(encoding="utf-8"))
-    return content
