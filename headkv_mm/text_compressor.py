@@ -374,7 +374,6 @@ class TextCompressor(LayerCompressor):
     def _decided(self, allocation: Allocation, row: int, budget: int) -> Decided:
         # On the host what this process's heads sum to is known without waiting for the device, see `_own`.
         return Decided.of(allocation, row, budget, on_host=self.plan.place.shard.size > 1)
-        self.made_for = []  # regions are made for what is allocated now
 
     def _own(self, allocation: Allocation) -> Allocation:
         """The part of this process's heads, on the layer's device."""
