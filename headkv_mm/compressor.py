@@ -148,6 +148,14 @@ class LayerCompressor:
         """
         raise NotImplementedError
 
+    def narrow(self, allocation: Allocation, *, worth: float) -> None:
+        """While the layer waits: evict down to this if it holds at least `worth` times as much.
+
+        Raises:
+            NotImplementedError: if it does not evict before it settles.
+        """
+        raise NotImplementedError
+
     def settle(self, allocation: Allocation) -> None:
         """All layers have come: evict down to what was allocated to this one."""
         raise NotImplementedError
@@ -218,8 +226,15 @@ class LayerCompressor:
         """Bytes of everything that is held."""
         return sum(tensor.nbytes for tensor in self.tensors)
 
+    def join(self, pool: ModelPool) -> None:
+        """Meet the other layers of the cache in `pool`."""
+        self.pool = pool
+        pool.note(self.plan.place.index, self.nbytes)
+
     def _track_peak(self) -> None:
-        self.nbytes_peak = max(self.nbytes_peak, self.nbytes)
+        nbytes = self.nbytes
+        self.nbytes_peak = max(self.nbytes_peak, nbytes)
+        self.pool.note(self.plan.place.index, nbytes)
 
 
 def select_allocation(allocation: Allocation, rows: Tensor) -> Allocation:

@@ -184,17 +184,31 @@ class ModelAllocator(Allocator, Protocol):
         ...
 
     def note(self, observed: Observed, scores: Tensor) -> Tensor | None:
-        """What `divide` must know of a layer beside its entries' scores: [B, G, ...] of all heads, or None."""
+        """What `divide` and `at_most` must know of a layer beside its entries' scores: of all heads, or None.
+
+        It is [B, G], or [B, G, M] by rank among a head's entries, of which ranks that it does not keep may be dropped.
+        """
         ...
 
     def preselect(self, observed: Observed, scores: Tensor) -> Allocation:
-        """What a text's layer must keep until the others have come. It has to hold whatever `divide` may give it."""
+        """What a text's layer keeps until the others have come, where what is kept cannot be narrowed in steps."""
+        ...
+
+    def at_most(self, layers: Sequence[tuple[Observed, Tensor]]) -> list[tuple[Tensor, Tensor]]:
+        """The most that `divide` may give the layers that have come so far, whatever those to come bring.
+
+        Args:
+            layers: the first ones of the model, as for `divide`; the last of them holds everything still.
+
+        Returns:
+            Targets [B, G] and windows [B, 1] of every layer, of all heads, on its device; nothing is read from there.
+        """
         ...
 
     def divide(self, layers: Sequence[tuple[Observed, Tensor]]) -> list[Allocation]:
         """Divide one budget, in the model's order, given what every layer holds, its scores [N] and what was noted.
 
-        A text's layers hold what was preselected, and an image's everything.
+        A text's layers hold what `at_most` or `preselect` left them, and an image's everything.
         """
         ...
 
@@ -219,6 +233,11 @@ class Selector:
     @property
     def remembers(self) -> bool:
         """A number of every entry is kept from one decision to the next."""
+        return False
+
+    @property
+    def nested(self) -> bool:
+        """What it keeps is among what it keeps of a larger budget, so evicting in steps leaves the same entries."""
         return False
 
     def queries_needed(self, plan: Plan, *, decoding: bool) -> int:

@@ -44,6 +44,8 @@ class TextCompressor(LayerCompressor):
     """
 
     plan: TextPlan
+    _prompt_bytes = 0
+    """Bytes of the dense prompt while the layer chooses among it."""
 
     def __init__(
         self,
@@ -75,8 +77,11 @@ class TextCompressor(LayerCompressor):
         """The regions have no room for a decoded token: a document that is only read takes none."""
         self._set_budgets([plan.entries(seen) for seen in self.row_seen])
         self.store = RaggedKV.over(keys, values, padding, positions=positions)
+        self._prompt_bytes = keys.nbytes + values.nbytes
         self._decide(asked)
-        self._track_peak()
+        self._prompt_bytes = 0
+        if not self.fresh:
+            self._track_peak()
 
     def append(
         self,
@@ -237,7 +242,7 @@ class TextCompressor(LayerCompressor):
     def tensors(self) -> list[Tensor]:
         """Every tensor that is held, the allocations as they were decided included."""
         decided = [tensor for row in self.decided if row is not None for tensor in row.tensors.values()]
-        return [*super().tensors, *decided]
+        return [*super().tensors, *decided, *([] if self.noted is None else [self.noted])]
 
     def _set_budgets(self, entries: list[int]) -> None:
         """Set how many entries a head of each row keeps on the average, and how many of them are sinks."""
@@ -270,8 +275,7 @@ class TextCompressor(LayerCompressor):
         victims = self._choose(asked, budgets, over, decoding=decoding) if any(over) else None
         self._make_room(victims, room=self.plan.step if decoding else 0)
         if self.fresh:
-            self._track_peak()
-            self.pool.wait(self)
+            self.pool.wait(self, prompt=self._prompt_bytes)
             return
         if self.wants_mass and self.store.mass is None:
             self.store.mass = torch.zeros(self.store.keys.shape[0], device=self.seen.device)
@@ -290,7 +294,8 @@ class TextCompressor(LayerCompressor):
         if fresh:
             if self.over_layers:
                 self.noted = self.model_allocator.note(observed, scores)
-                allocation = self.model_allocator.preselect(observed, scores)
+                allocation = self._preselect(replace(observed, noted=self.noted), scores)
+                self._cut_noted(allocation.largest)
                 store.mass, self.fresh = scores, fresh  # scores go along with the entries
             else:
                 allocation = self.pieces.allocator.allocate(observed, scores)
@@ -314,12 +319,12 @@ class TextCompressor(LayerCompressor):
             row_budgets=budgets,
             row_seen=self.row_seen,
             mean_query=self.observer.mean_query if decoding else asked.mean,
+            query_counts=self.observer.counts if decoding else (),
             queries=asked.queries,
             query_positions=asked.positions,
             credit=store.credit,
             # Accumulated attention holds the prompt's; any other sum counts decoded queries only.
             added_up=store.mass if decoding or scorer.accumulates else None,
-            query_counts=self.observer.counts if decoding else (),
             softcap=asked.softcap,
             sinks=asked.sinks,
         )
@@ -341,17 +346,42 @@ class TextCompressor(LayerCompressor):
         )
         return observed, self.store.mass
 
+    def _preselect(self, observed: Observed, scores: Tensor) -> Allocation:
+        """What must be held until the other layers have come."""
+        if self.pieces.selector.nested:
+            self.pool.note(self.plan.place.index, self.nbytes)
+            return self.pool.narrow(self, observed, scores)
+        return self.model_allocator.preselect(observed, scores)
+
+    def narrow(self, allocation: Allocation, *, worth: float) -> None:
+        """See `LayerCompressor.narrow`."""
+        rows = [self.decided[row] for row in self.fresh]
+        held = sum(row.allocation.row_totals[0] for row in rows if row is not None)
+        if held >= worth * sum(allocation.row_totals[row] for row in self.fresh):
+            self._evict_waiting(allocation)
+
     def settle(self, allocation: Allocation) -> None:
         """See `LayerCompressor.settle`."""
-        observed, scores = self.waiting()
-        for row in self.fresh:
-            self.decided[row] = self._decided(allocation, row, observed.row_budgets[row])
+        self._evict_waiting(allocation)
         self.fresh, self.noted = [], None
-        self.allocation = self._joined(list(observed.row_budgets))
-        self._make_room(self._victims(observed, self.allocation, scores), room=0 if self.tight else self.plan.step)
         if not self.wants_mass:
             self.store.mass = None
         self._forget()
+
+    def _evict_waiting(self, allocation: Allocation) -> None:
+        """Evict the fresh rows down to what they can still get, or have got."""
+        observed, scores = self.waiting()
+        for row in self.fresh:
+            self.decided[row] = self._decided(allocation, row, observed.row_budgets[row])
+        self.allocation = self._joined(list(observed.row_budgets))
+        self.made_for = []  # regions are made for what is allocated now
+        self._make_room(self._victims(observed, self.allocation, scores), room=0 if self.tight else self.plan.step)
+        self._cut_noted(allocation.largest)
+
+    def _cut_noted(self, entries: int) -> None:
+        """Of a head that keeps so many entries no further ones count."""
+        if self.noted is not None and self.noted.dim() > 2:
+            self.noted = self.noted[..., :entries].clone()
 
     def _joined(self, budgets: list[int]) -> Allocation:
         """The rows' allocations as one, each grown to its row's budget; rows within their budget keep everything."""
@@ -399,6 +429,8 @@ class TextCompressor(LayerCompressor):
         capacity, row_slots = self._capacity(room)
         keep = None if victims is None else ~victims
         self.store = store.regroup(capacity, row_slots, max_length=longest, keep=keep)
+        if self.fresh:
+            self.pool.note(self.plan.place.index, self.nbytes, passing=store.nbytes)
         self.made_for, self.tight = list(self.row_entries) if decided else [], room == 0
 
     def _capacity(self, room: int) -> tuple[Tensor, list[int]]:

@@ -5,16 +5,17 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Literal
+from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 from ..budgets import ImagePlan
 from ..pieces import Allocation, Observed
 from ..plan import Plan
 from .pooled import allocation_of, counted_of
-from .shares import apportioned
+from .shares import apportioned, apportioned_at_most
 from .uniform import check_windows
 
 
@@ -40,6 +41,12 @@ class Pool:
         shares: Tensor = self.least + apportioned(weights, total, limit)
         return shares
 
+    def at_most(self, weights: Tensor, others: int, heaviest: Tensor) -> Tensor:
+        """What `divided` gives K heads at most, if others with weights up to `heaviest` [B, 1] join them; [B, K]."""
+        total = (weights.shape[1] + others) * (self.free - self.least)
+        shares = apportioned_at_most(weights, total, self.most - self.least, others=others, heaviest=heaviest)
+        return self.least + shares
+
 
 @dataclass(frozen=True)
 class Competition:
@@ -50,14 +57,16 @@ class Competition:
 
     Attributes:
         floor: share of an equal budget that every head keeps whatever it attends to; 1 is the uniform budget.
-        most: the most that a head can get, in equal budgets. Of a text that is what a layer holds until the last one
-            has come.
+        most: the most that a head can get, in equal budgets.
         window: newest tokens of a text that are protected, at most half of the budget.
         window_rows: newest rows of an image that are protected.
         scope: "layer" or "model", who competes.
         grouping_queries: newest queries over which attention is averaged; None: one row of an image, the window of a
             text.
     """
+
+    nothing: ClassVar[float] = 0.0
+    """What is noted of a head that has no claim to anything."""
 
     floor: float = 0.2
     most: float = 4.0
@@ -93,8 +102,16 @@ class Competition:
         raise NotImplementedError
 
     def weigh(self, noted: Tensor, pool: Pool) -> Tensor:
-        """Weights [B, K] by which K heads divide what is above the least, from what `look` gave of them."""
+        """Weights [B, K] by which K heads divide what is above the least, from what `look` gave of them.
+
+        With other heads beside them the weights of these are smaller by a common factor, or some of them are smaller
+        because the best entries of a row are found in the others.
+        """
         raise NotImplementedError
+
+    def heaviest(self, noted: Tensor, observed: Observed, pool: Pool) -> Tensor:
+        """What the weight of a head that is still to come cannot exceed, on the scale that `weigh` chose; [B, 1]."""
+        return torch.full_like(pool.free, float("inf"), dtype=torch.float64)
 
     def allocate(self, observed: Observed, scores: Tensor) -> Allocation:
         """Divide the budget of one layer."""
@@ -109,6 +126,22 @@ class Competition:
         window, pool = observed.per_row(self.windows(observed)), self._pool(observed)
         return allocation_of((window + pool.most).expand(-1, observed.heads), window)
 
+    def at_most(self, layers: Sequence[tuple[Observed, Tensor]]) -> list[tuple[Tensor, Tensor]]:
+        """What `divide` gives these layers at most: the total is fixed, and heads to come only take from it."""
+        first = layers[0][0]
+        noted, pool = self._noted(layers), self._pool(first)
+        heads, count = noted.shape[1], first.heads * first.plan.place.count
+        rest = noted.new_full((noted.shape[0], max(count - heads, 0), *noted.shape[2:]), self.nothing)
+        weights = self.weigh(torch.cat([noted, rest], dim=1), pool)[:, :heads]
+        shares = pool.at_most(weights, rest.shape[1], self.heaviest(noted, first, pool))
+        # Only where as much is counted as is divided do weights that count entries say how many a head gets.
+        shares = torch.where(pool.counted == pool.free, shares, pool.most)
+        window = first.per_row(self.windows(first))
+        return [
+            ((window + part).to(observed.seen.device), window.to(observed.seen.device))
+            for (observed, _), part in zip(layers, shares.split(first.heads, dim=1), strict=True)
+        ]
+
     def divide(self, layers: Sequence[tuple[Observed, Tensor]]) -> list[Allocation]:
         """Divide one budget among all heads of these layers.
 
@@ -116,19 +149,25 @@ class Competition:
             RuntimeError: if nothing was noted of a layer.
         """
         first = layers[0][0]
-        heads, device = first.heads, first.seen.device
-        parts = [observed.noted for observed, _ in layers if observed.noted is not None]
-        if len(parts) < len(layers):
-            raise RuntimeError("nothing was noted of a layer that is to be divided")
         pool = self._pool(first)
-        shares = pool.divided(self.weigh(torch.cat([part.to(device) for part in parts], dim=1), pool))  # [B, L * G]
+        shares = pool.divided(self.weigh(self._noted(layers), pool))  # [B, L * G]
         targets = first.per_row(self.windows(first)) + shares
-        totals = targets.unflatten(1, (-1, heads)).sum(-1)  # [B, L]
+        totals = targets.unflatten(1, (-1, first.heads)).sum(-1)  # [B, L]
         before = (totals.cumsum(-1) - totals).T.tolist()
         return [
             allocation_of(part.to(observed.seen.device), observed.per_row(self.windows(observed)), row_before)
-            for (observed, _), part, row_before in zip(layers, targets.split(heads, dim=1), before, strict=True)
+            for (observed, _), part, row_before in zip(layers, targets.split(first.heads, dim=1), before, strict=True)
         ]
+
+    def _noted(self, layers: Sequence[tuple[Observed, Tensor]]) -> Tensor:
+        """What was noted of layers, side by side on the first one's device, [B, heads of all, ...]."""
+        parts = [observed.noted.to(layers[0][0].seen.device) for observed, _ in layers if observed.noted is not None]
+        if len(parts) < len(layers):
+            raise RuntimeError("nothing was noted of a layer that is to be divided")
+        if parts[0].dim() > 2:  # by rank, of as many entries as the layer still holds
+            longest = max(part.shape[-1] for part in parts)
+            parts = [pad(part, (0, longest - part.shape[-1]), value=self.nothing) for part in parts]
+        return torch.cat(parts, dim=1)
 
     def windows(self, observed: Observed) -> list[int]:
         """Protected newest entries, by row."""

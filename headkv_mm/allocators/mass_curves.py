@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor
@@ -33,6 +33,8 @@ class MassCurves(Competition):
         loss: "sum" or "largest", what is made small.
     """
 
+    nothing: ClassVar[float] = _NOTHING
+
     loss: Literal["sum", "largest"] = "sum"
 
     def __post_init__(self) -> None:
@@ -60,3 +62,7 @@ class MassCurves(Competition):
         rank = torch.arange(noted.shape[-1], device=noted.device)
         open_ = (noted > _NOTHING) & (rank >= least[..., None]) & (rank < most[..., None].clamp(min=1))
         return best_of_row(noted, open_, (pool.counted - least) * noted.shape[1])
+
+    def heaviest(self, noted: Tensor, observed: Observed, pool: Pool) -> Tensor:
+        """All entries of a head."""
+        return pool.most.double()

@@ -28,10 +28,11 @@ class Pooled:
     counted by head: f_g. A head keeps its window and `(1 - alpha) f_g + alpha b` entries, made whole by largest
     remainder, so that a layer holds exactly its budget.
 
-    With `scope="model"` the heads of all layers compete for one pool, and all layers together hold exactly the budget.
-    Until the last layer has come, every layer keeps its G b `candidates` best (and every head at least b), so the
-    outcome is that of all entries as long as no layer wins more than `candidates` times the mean. An image's layers
-    hold everything until then.
+    With `scope="model"` the heads of all L layers compete for one pool, and all layers together hold exactly the
+    budget. Until the last layer has come, a text's heads hold what is among the L G b best of the layers that have
+    come, so the outcome is that of all entries. Where entries leave by strata every layer keeps its G b `candidates`
+    best instead (and every head at least b), which is exact as long as no layer wins more than `candidates` times the
+    mean. An image's layers hold everything until then.
 
     While an image is written the budget is decided before all of its tokens are there; then the same share of what is
     there is counted as will be kept of the whole image.
@@ -41,7 +42,7 @@ class Pooled:
         window: newest tokens of a text that are protected, at most half of the budget.
         window_rows: newest rows of an image that are protected.
         scope: "layer" or "model", who competes.
-        candidates: budgets that a layer holds until the last one has come; for scope "model".
+        candidates: budgets that a layer holds until the last one has come; for scope "model" and eviction by strata.
     """
 
     alpha: float = 0.2
@@ -77,8 +78,12 @@ class Pooled:
         shares = self._shares(values, candidates, counted_of(observed, windows), free)
         return allocation_of(window + shares, window)
 
-    def note(self, observed: Observed, scores: Tensor) -> None:
-        """Nothing: the entries' scores say it all."""
+    def note(self, observed: Observed, scores: Tensor) -> Tensor:
+        """Scores of what may be chosen, best first, [B, all heads, M] float32; -inf where there is no more."""
+        windows = observed.plan.windows_of(observed.row_budgets, tokens=self.window, rows=self.window_rows)
+        candidates, values = candidates_of(observed, scores, observed.per_row(windows))
+        values = values.clamp(min=torch.finfo(values.dtype).min).masked_fill(~candidates, float("-inf"))
+        return values.sort(dim=-1, descending=True).values
 
     def preselect(self, observed: Observed, scores: Tensor) -> Allocation:
         """The layer's best, a few budgets of them, and in every head its own best up to the mean."""
@@ -87,6 +92,28 @@ class Pooled:
         candidates, values = candidates_of(observed, scores, window)
         found = best_of_row(values, candidates, free * (self.candidates * values.shape[1]))
         return allocation_of(window + found.maximum(free), window)
+
+    def at_most(self, layers: Sequence[tuple[Observed, Tensor]]) -> list[tuple[Tensor, Tensor]]:
+        """What is not among the best of the layers that have come is not among the best of all of them."""
+        first = layers[0][0]
+        noted = [observed.noted.to(first.seen.device) for observed, _ in layers if observed.noted is not None]
+        windows = first.plan.windows_of(first.row_budgets, tokens=self.window, rows=self.window_rows)
+        window, free = first.per_row(windows), first.per_row(first.row_budgets) - first.per_row(windows)
+        heads = first.heads * max(first.plan.place.count, len(noted))
+        best = counted_of(first, windows) * heads  # [B, 1], of all layers
+        ranked = torch.cat([part.flatten(1) for part in noted], dim=1).sort(dim=-1, descending=True).values
+        worst = ranked.gather(1, (best - 1).clamp(max=ranked.shape[1] - 1))[..., None]  # [B, 1, 1]
+        found = torch.cat([((part >= worst) & (part > float("-inf"))).sum(-1) for part in noted], dim=1)
+        weights, total = self._weights(found, best // heads), free.long() * heads
+        # Of the heads to come nothing is found yet, and of all together at most the best.
+        everything = self._weights(found.sum(-1, keepdim=True).minimum(best), best)
+        shares = torch.where(everything > 0, weights * total // everything.clamp(min=1), free) + 1
+        # What is found has to be there to be counted again, even if it is not all kept.
+        targets = (window + shares.maximum(found)).minimum((first.seen - first.condition)[:, None].maximum(window))
+        return [
+            (part.to(observed.seen.device), window.to(observed.seen.device))
+            for (observed, _), part in zip(layers, targets.split(first.heads, dim=1), strict=True)
+        ]
 
     def divide(self, layers: Sequence[tuple[Observed, Tensor]]) -> list[Allocation]:
         """Count the best of every row over all layers and divide the model's budget."""
@@ -116,10 +143,14 @@ class Pooled:
         """
         heads = values.shape[1]
         found = best_of_row(values, candidates, counted * heads)
-        uniform = round(self.alpha * _UNITS)
-        weights = (_UNITS - uniform) * found + uniform * counted
+        weights = self._weights(found, counted)
         weights = torch.where(weights.sum(-1, keepdim=True) > 0, weights, 1)
         return scaled(weights, free.long() * heads)
+
+    def _weights(self, found: Tensor, counted: Tensor) -> Tensor:
+        """Whole numbers in proportion to what was found, and to what is the same for all."""
+        uniform = round(self.alpha * _UNITS)
+        return (_UNITS - uniform) * found + uniform * counted
 
 
 def allocation_of(targets: Tensor, windows: Tensor, before: list[int] | None = None) -> Allocation:

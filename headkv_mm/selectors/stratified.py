@@ -37,6 +37,11 @@ class Stratified(Selector):
         if not isinstance(self.sinks, int) or self.sinks < 0:
             raise ValueError(f"sinks must be a whole number of tokens, 0 or more, got {self.sinks!r}")
 
+    @property
+    def nested(self) -> bool:
+        """Without strata the lowest scores leave; with strata every step takes from both."""
+        return self.strata_ratio == 0
+
     def victims(self, observed: Observed, allocation: Allocation, scores: Tensor) -> Tensor:
         """[N] bool, True for what leaves."""
         store, plan = observed.store, observed.plan
