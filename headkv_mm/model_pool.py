@@ -13,11 +13,11 @@ from .pieces import Allocation, Observed
 if TYPE_CHECKING:
     from .compressor import LayerCompressor
 
-_WORTH_A_COPY = 1.25
+_WORTH_A_COPY = 1.125
 """A waiting layer is copied once it holds so many times what it can still get.
 
-So every copy frees at least a fifth of the layer, all copies of a layer together move at most five times what it held
-first, and what waits is at most a quarter more than what the layers can get.
+So every copy frees at least a ninth of the layer, all copies of a layer together move at most eight times what it held
+first, and what waits is at most an eighth more than what the layers can get.
 """
 
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -13,7 +12,7 @@ from torch import Tensor
 from . import kernels
 from .asked import Asked
 from .chunk import attend_chunk
-from .compressor import LayerCompressor, tensor_fields
+from .compressor import LayerCompressor
 from .decided import Decided
 from .model_pool import ModelPool
 from .passed import Passed
@@ -21,6 +20,8 @@ from .pieces import Allocation, Observed
 from .propagation import Propagation
 from .ragged import RaggedKV
 from .registry import Pieces
+from .regroup_in_turn import regroup_in_turn
+from .row_allocations import joined
 from .text_plan import TextPlan
 
 
@@ -375,7 +376,8 @@ class TextCompressor(LayerCompressor):
             self.decided[row] = self._decided(allocation, row, observed.row_budgets[row])
         self.allocation = self._joined(list(observed.row_budgets))
         self.made_for = []  # regions are made for what is allocated now
-        self._make_room(self._victims(observed, self.allocation, scores), room=0 if self.tight else self.plan.step)
+        victims = self._victims(observed, self.allocation, scores)
+        self._make_room(victims, room=0 if self.tight else self.plan.step, in_turn=True)
         self._cut_noted(allocation.largest)
 
     def _cut_noted(self, entries: int) -> None:
@@ -384,38 +386,22 @@ class TextCompressor(LayerCompressor):
             self.noted = self.noted[..., :entries].clone()
 
     def _joined(self, budgets: list[int]) -> Allocation:
-        """The rows' allocations as one, each grown to its row's budget; rows within their budget keep everything."""
-        rows = []
-        for decided, budget in zip(self.decided, budgets, strict=True):
-            if decided is None:
-                keep = self.seen.new_full((1, self.kv_heads), budget)
-                rows.append(Allocation(keep, keep, [budget * self.kv_heads], budget))
-            else:
-                rows.append(self._own(decided.grown(budget)))
-        local = [row.local for row in rows if row.local is not None]
-        return Allocation(
-            targets=torch.cat([row.targets for row in rows]),
-            windows=torch.cat([row.windows for row in rows]),
-            row_totals=[row.row_totals[0] for row in rows],
-            largest=max(row.largest for row in rows),
-            local=torch.cat(local) if len(local) == len(rows) else None,
-        )
+        """The rows' allocations as one."""
+        shard, device = self.plan.place.shard, self.seen.device
+        return joined(self.decided, budgets, shard=shard, kv_heads=self.kv_heads, device=device)
 
     def _decided(self, allocation: Allocation, row: int, budget: int) -> Decided:
-        # On the host what this process's heads sum to is known without waiting for the device, see `_own`.
+        # On the host what this process's heads sum to is known without waiting for the device, see `row_allocations`.
         return Decided.of(allocation, row, budget, on_host=self.plan.place.shard.size > 1)
 
-    def _own(self, allocation: Allocation) -> Allocation:
-        """The part of this process's heads, on the layer's device."""
-        shard = self.plan.place.shard
-        if shard.size == 1:
-            return allocation
-        own = shard.own(allocation, self.kv_heads)
-        moved: dict[str, Any] = {name: tensor.to(self.seen.device) for name, tensor in tensor_fields(own).items()}
-        return replace(own, **moved)
+    def _make_room(self, victims: Tensor | None, *, room: int, in_turn: bool = False) -> None:
+        """Remove the victims, and give every region room for `room` more tokens.
 
-    def _make_room(self, victims: Tensor | None, *, room: int) -> None:
-        """Remove the victims, and give every region room for `room` more tokens."""
+        Args:
+            victims: [N] bool, None for nobody.
+            room: tokens.
+            in_turn: move keys before values, so that less is there at once: for what waits beside a dense prompt.
+        """
         store, longest = self.store, max(self.row_seen)
         decided = self.allocation is not None and all(row is not None for row in self.decided)
         if decided and self.allocation is not None:
@@ -428,9 +414,13 @@ class TextCompressor(LayerCompressor):
             return
         capacity, row_slots = self._capacity(room)
         keep = None if victims is None else ~victims
-        self.store = store.regroup(capacity, row_slots, max_length=longest, keep=keep)
+        passing = store.nbytes
+        if in_turn:
+            self.store, passing = regroup_in_turn(store, capacity, row_slots, max_length=longest, keep=keep)
+        else:
+            self.store = store.regroup(capacity, row_slots, max_length=longest, keep=keep)
         if self.fresh:
-            self.pool.note(self.plan.place.index, self.nbytes, passing=store.nbytes)
+            self.pool.note(self.plan.place.index, self.nbytes, passing=passing)
         self.made_for, self.tight = list(self.row_entries) if decided else [], room == 0
 
     def _capacity(self, room: int) -> tuple[Tensor, list[int]]:

@@ -10,11 +10,14 @@ from typing import Any
 import pytest
 import torch
 from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from headkv_mm import HeadKVCache
 from headkv_mm.allocators import MassCurves, Pooled, Proportional
 from headkv_mm.model_pool import ModelPool
 from headkv_mm.pieces import Allocator
+from headkv_mm.ragged import RaggedKV
+from headkv_mm.regroup_in_turn import regroup_in_turn
 from headkv_mm.selectors import Stratified
 
 from .test_text_properties import Driver, events
@@ -103,10 +106,51 @@ def test_what_waits_is_about_the_budget_of_the_model(form: str, budget: float, m
     cache = filled(budget, ON_MODEL[form])
     layer = 1 / len(cache)  # of the full cache: what one layer holds before it chooses
     full = cache.nbytes_full
-    assert max(total for total, _ in held) / full < budget + layer + 0.1
-    # Beside that, one layer is copied: what it holds waits no longer when its copy is there.
-    largest = max(passing for _, passing in held if passing < layer * full) / full
-    assert cache.nbytes_peak / full < budget + layer + largest + 0.1
+    assert max(total for total, _ in held) / full < budget + layer + 0.05
+    # Beside that one layer is copied, half of it at a time.
+    copied = max(passing for _, passing in held if passing < layer * full) / full
+    assert cache.nbytes_peak / full < budget + layer + copied + 0.05
+    assert cache.nbytes_peak / full < budget + layer + (0.1 if budget == 1 / 8 else 0.13)
     assert cache.nbytes < (budget + 0.01) * full
-    if budget == 1 / 8:
-        assert cache.nbytes_peak / full < 0.55
+
+
+@given(
+    st.lists(st.lists(st.integers(0, 6), min_size=2, max_size=2), min_size=1, max_size=3),
+    st.booleans(),
+    st.integers(0, 3),
+)
+def test_moving_keys_before_values_gives_the_same_storage(lengths: list[list[int]], mass: bool, room: int) -> None:
+    store = filled_store(lengths, mass)
+    capacity, row_slots = store.length + room, [sum(row) + 2 * room for row in lengths]
+    keep = torch.rand(store.positions.shape, generator=torch.Generator().manual_seed(1)) < 0.7
+    expected = store.regroup(capacity, row_slots, max_length=9, keep=keep)
+    whole = store.nbytes
+    moved, passing = regroup_in_turn(store, capacity, row_slots, max_length=9, keep=keep)
+    for one, other in zip(moved.tensors, expected.tensors, strict=True):
+        assert one.dtype == other.dtype
+        assert one.shape == other.shape
+    filled = moved.filled()
+    for name in ("positions", "start", "length", "capacity"):
+        assert getattr(moved, name).tolist() == getattr(expected, name).tolist()
+    for name in ("keys", "values", "mass") if mass else ("keys", "values"):
+        assert getattr(moved, name)[filled].tolist() == getattr(expected, name)[filled].tolist()
+    assert store.keys.nbytes + store.values.nbytes == 0
+    assert passing <= whole
+    assert (moved.row_slots, moved.max_length, moved.ordered) == (row_slots, 9, store.ordered)
+
+
+def filled_store(lengths: list[list[int]], mass: bool) -> RaggedKV:
+    """A row of regions that are one entry larger than what they hold."""
+    capacity = torch.tensor(lengths, dtype=torch.int32) + 1
+    store = RaggedKV.empty(
+        capacity, capacity.sum(-1).tolist(), 4, dtype=torch.float32, max_length=int(capacity.max()), with_mass=mass
+    )
+    generator = torch.Generator().manual_seed(0)
+    store.keys.normal_(generator=generator)
+    store.values.normal_(generator=generator)
+    store.length = capacity - 1
+    if store.mass is not None:
+        store.mass.uniform_(generator=generator)
+    for start, length in zip(store.start.flatten().tolist(), store.length.flatten().tolist(), strict=True):
+        store.positions[start : start + length] = torch.arange(length, dtype=torch.int32)
+    return store
