@@ -148,6 +148,8 @@ class ImageCompressor(LayerCompressor):
         store, window = self.store, self._queries_counted(query.shape[2])
         if store.mass is None or not window:
             return
+        if window < query.shape[2]:  # what was added up before is no more of the last queries
+            store.mass.zero_()
         if self.pieces.scorer.adds_up == "squared_logits":
             asked = query.transpose(1, 2)[:, -window:]
             store.mass += squared_logits(asked, positions[:, -window:], store, scale=scale)

@@ -65,6 +65,8 @@ class Observer:
         before = len(self.tensors)
         tokens = query.shape[2]
         counted = queries_counted(tokens, until_due=until_due, window=window)
+        if counted < tokens and self.counts:  # a long chunk: what came before is no more among the last
+            self._forget_sum()
         if mean and counted:
             newest = query[:, :, tokens - counted :].float()
             counts = [counted] * query.shape[0]
@@ -92,10 +94,13 @@ class Observer:
 
     def clear(self) -> None:
         """Forget after a decision. The sum's memory stays for the next row; the last queries are needed no more."""
+        self._forget_sum()
+        self._last, self._filled = None, 0
+
+    def _forget_sum(self) -> None:
         if self._sum is not None:
             self._sum.zero_()
         self.counts = []
-        self._last, self._filled = None, 0
 
     def copy(self) -> Observer:
         """The same content with tensors of its own."""

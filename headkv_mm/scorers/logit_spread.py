@@ -36,8 +36,8 @@ class LogitSpread(Scorer):
     In an image the newest row is protected anyway. So it is in a text, whose queries are no more than its window unless
     either was changed or the budget is small; what is left leaves after everything that was judged, the oldest first.
 
-    The difference of two float32 sums is good to about 1e-6 of the mean square: where all logits of an entry are
-    near 30, to a spread of 0.03. At the end of a text's prompt queries are at hand and no difference is taken.
+    The difference of two float32 sums is good to about 1e-6 of the squares: where all logits of an entry are near 30,
+    a spread below 0.03 may be rounding. At the end of a text's prompt queries are at hand and no difference is taken.
 
     Attributes:
         queries: how many of the last ones; None: one row of an image, 32 of a text. While decoding no more than there
