@@ -23,7 +23,7 @@ from headkv_mm.pieces import Observed
 from headkv_mm.plan import Plan
 from headkv_mm.ragged import RaggedKV
 from headkv_mm.registry import get_method
-from headkv_mm.scorers import KeyNorm, QueryLogits, WindowAttention
+from headkv_mm.scorers import KeyNorm, LogitSpread, WindowAttention
 from headkv_mm.text_plan import TextPlan
 
 NO_SCORES = torch.empty(0)
@@ -220,23 +220,12 @@ def test_what_counts_while_an_image_is_written() -> None:
     assert int(targets.min()) >= 10 + 2  # the window, and the floor
 
 
-def test_logits_of_single_queries_by_loops() -> None:
-    observed = seen_by(TextPlan(20), condition=4, tokens=30)
-    assert observed.queries is not None
-    keys = observed.store.keys.view(2, 30, 8)
-    logits = torch.einsum("qgrd,gtd->grqt", observed.queries[0].view(3, 2, 2, 8), keys) * 0.5
-    found = QueryLogits(queries=3).score_entries(observed).view(2, 30)
-    torch.testing.assert_close(found, logits.amax((1, 2)))
-    found = QueryLogits("spread", queries=3).score_entries(observed).view(2, 30)
-    torch.testing.assert_close(found, logits.std(2, correction=0).mean(1))
-
-
 def test_pieces_by_their_own_names() -> None:
     method = get_method("headkv").with_options({"allocator": "MassCurves", "loss": "largest", "scope": "model"})
     assert method.image is not None
     assert method.image.allocator == MassCurves(loss="largest", scope="model")
     assert method.image.scorer == get_method("headkv").image.scorer  # type: ignore[union-attr]
-    assert get_method("snapkv").with_options({"scorer": "QueryLogits"}).text.scorer == QueryLogits()  # type: ignore[union-attr]
+    assert get_method("snapkv").with_options({"scorer": "LogitSpread"}).text.scorer == LogitSpread()  # type: ignore[union-attr]
     with pytest.raises(ValueError, match=r"unknown method 'MassCurve'; the allocator may be .*adakv.* MassCurves"):
         get_method("headkv").with_options({"allocator": "MassCurve"})
 
@@ -257,7 +246,5 @@ def test_refused_options() -> None:
         Proportional(tau=0.0)
     with pytest.raises(ValueError, match="contrast must not be negative"):
         Proportional(contrast=-1.0)
-    with pytest.raises(ValueError, match="statistic must be 'largest' or 'spread'"):
-        QueryLogits("mean")  # type: ignore[arg-type]
     with pytest.raises(RuntimeError, match="nothing was noted"):
         MassCurves().divide([(seen_by(TextPlan(20), 4, 40), NO_SCORES)])

@@ -7,7 +7,6 @@ from .expected import ExpectedAttention
 from .keys import KeyDifference, KeyNorm
 from .logit_spread import LogitSpread
 from .output_norm import OutputNorm
-from .query_logits import QueryLogits
 from .recent import Recency, RecentQueries
 from .redundancy import Redundancy
 from .retrieval import RetrievalHeads
@@ -21,7 +20,6 @@ __all__ = [
     "LastQuery",
     "LogitSpread",
     "OutputNorm",
-    "QueryLogits",
     "Random",
     "Recency",
     "RecentQueries",

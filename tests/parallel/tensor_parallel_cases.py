@@ -47,7 +47,9 @@ TEXT: dict[str, tuple[str, dict[str, Any]]] = {
     "fastkv, few tokens": ("fastkv", {"budget": 0.4, "tsp_least": 0}),
     "bytes": ("snapkv", {"budget": "60KiB"}),
 }
-IMAGE: dict[str, tuple[str, dict[str, Any]]] = {name: (name, {"budget": 0.6}) for name in ("headkv", "adakv", "tova")}
+IMAGE: dict[str, tuple[str, dict[str, Any]]] = {
+    name: (name, {"budget": 0.6}) for name in ("headkv", "adakv", "tova", "logit-spread")
+}
 
 
 def save_models(folder: Path) -> None:
