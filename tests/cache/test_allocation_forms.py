@@ -32,6 +32,7 @@ FORMS: dict[str, Allocator] = {
     "entropy model": Proportional(window=8, scope="model"),
     "backward": Proportional(window=8, statistic="backward", floor=0.0),
     "keys model": Proportional(window=8, scope="model", statistic="keys"),
+    "pointed model": Proportional(window=8, scope="model", statistic="pointed", grouping_queries=21, contrast=8.0),
 }
 IMAGE_FORMS = {**FORMS, "pooled model": Pooled(scope="model"), "types": HeadType(tau=0.5)}
 AGAIN = ["curves, again", "curves model, again", "types, again"]
