@@ -4,21 +4,15 @@
 from __future__ import annotations
 
 from headkv_mm.allocators import Proportional, Uniform
-from headkv_mm.pieces import Scorer
 from headkv_mm.registry import Pieces, methods, register_method
 from headkv_mm.schedules import AfterGrouping, EachInterval
-from headkv_mm.scorers import KeyDifference, QueryLogits
+from headkv_mm.scorers import KeyDifference, LogitSpread
 from headkv_mm.selectors import Stratified
 
 BY_SCORE = Stratified(strata_ratio=0.0)
 TEXT_WINDOW = 8
 CHOSEN = {"images": "logit-spread", "text": "pointed"}
 """The rules that the exploration chose."""
-
-
-def logit_spread() -> Scorer:
-    """How differently the queries of a row ask for an entry."""
-    return QueryLogits("spread")
 
 
 def pointed(*, contrast: float = 4.0) -> Proportional:
@@ -31,7 +25,7 @@ def pointed(*, contrast: float = 4.0) -> Proportional:
 def register_chosen() -> None:
     """Make methods of the chosen rules where the library has none of that name."""
     chosen = {
-        "logit-spread": {"image": Pieces(logit_spread(), Uniform(), BY_SCORE, AfterGrouping())},
+        "logit-spread": {"image": Pieces(LogitSpread(), Uniform(), BY_SCORE, AfterGrouping())},
         "pointed": {"text": Pieces(KeyDifference(), pointed(), BY_SCORE, EachInterval())},
     }
     for name, pieces in chosen.items():
