@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from .allocators import HeadTableShares, HeadType, LayerTableShares, Pooled, Pyramid, RiskGate, Uniform
+from .allocators import HeadTableShares, HeadType, LayerTableShares, Pooled, Proportional, Pyramid, RiskGate, Uniform
 from .registry import Pieces, register_method
 from .schedules import AfterGrouping, EachInterval, EachRow, TokenSelective
 from .scorers import (
@@ -73,7 +73,26 @@ register_method(
     "logit-spread",
     image=Pieces(LogitSpread(), Uniform(), _BY_SCORE, EachRow()),
     text=Pieces(LogitSpread(), Uniform(), _BY_SCORE, EachInterval()),
-    description="The same budget for every head; what the last queries ask for most differently.",
+    description="The same budget for every head; what the last queries ask for most differently, times value norms.",
+    source="this library",
+)
+register_method(
+    "pointed",
+    image=Pieces(
+        LogitSpread(),
+        Proportional(statistic="pointed", scope="model", most=16.0),
+        _BY_SCORE,
+        AfterGrouping(),
+    ),
+    # A later question is not known, so as in headkv entries are told apart by their keys. Few heads look up single far
+    # tokens of a text, and those need nearly everything: hence the contrast.
+    text=Pieces(
+        KeyDifference(by_value=True),
+        Proportional(statistic="pointed", scope="model", window=8, grouping_queries=64, contrast=8.0),
+        _BY_SCORE,
+        EachInterval(),
+    ),
+    description="All heads of the model divide one budget: more for heads whose single queries point at far entries.",
     source="this library",
 )
 register_method(

@@ -138,7 +138,12 @@ def test_key_difference(decoding: bool) -> None:
         anchor = sum(key / norm(key) for key in keys) / len(keys)
         return [-dot(key, anchor) / norm(key) / norm(anchor) for key in keys]
 
+    def by_value(positions: list[int], keys: Tensor, values: Tensor, queries: Tensor) -> list[float]:
+        plain = formula(positions, keys, values, queries)
+        return [(1 + score) * norm(value) for score, value in zip(plain, values, strict=True)]
+
     check(KeyDifference(), formula, observation(decoding=decoding))
+    check(KeyDifference(by_value=True), by_value, observation(decoding=decoding))
 
 
 @pytest.mark.parametrize("decoding", [False, True])
@@ -261,7 +266,11 @@ def test_random_numbers_are_spread_evenly() -> None:
     assert abs(float(torch.corrcoef(torch.stack([scores[0, 1:], scores[0, :-1]]))[0, 1])) < 0.05
 
 
-@pytest.mark.parametrize("scorer", [KeyNorm(), KeyDifference(), ExpectedAttention(), Redundancy(), Random()], ids=repr)
+@pytest.mark.parametrize(
+    "scorer",
+    [KeyNorm(), KeyDifference(), KeyDifference(by_value=True), ExpectedAttention(), Redundancy(), Random()],
+    ids=repr,
+)
 def test_a_row_scores_as_it_would_alone(scorer: Any) -> None:
     for decoding in (False, True):
         together = observation(decoding=decoding)
@@ -273,7 +282,11 @@ def test_a_row_scores_as_it_would_alone(scorer: Any) -> None:
                 assert found[row][head] == pytest.approx(expected[head], rel=1e-6, abs=1e-9)
 
 
-@pytest.mark.parametrize("scorer", [KeyNorm(), KeyDifference(), ExpectedAttention(), Redundancy(), Random()], ids=repr)
+@pytest.mark.parametrize(
+    "scorer",
+    [KeyNorm(), KeyDifference(), KeyDifference(by_value=True), ExpectedAttention(), Redundancy(), Random()],
+    ids=repr,
+)
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
 def test_scores_are_float32_whatever_the_model_is(scorer: Any, dtype: torch.dtype) -> None:
     observed = observation(dtype=dtype)
@@ -300,7 +313,11 @@ def test_refused_options(name: str, options: dict[str, Any], message: str) -> No
         getattr(scorers, name)(**options)
 
 
-@pytest.mark.parametrize("scorer", [KeyNorm(), KeyDifference(), ExpectedAttention(), Redundancy(), Random()], ids=repr)
+@pytest.mark.parametrize(
+    "scorer",
+    [KeyNorm(), KeyDifference(), KeyDifference(by_value=True), ExpectedAttention(), Redundancy(), Random()],
+    ids=repr,
+)
 def test_nothing_is_read_from_the_device_while_decoding(scorer: Any) -> None:
     """Tensors on the meta device have no content, so whoever asks for it fails."""
     observed = observation(decoding=True)

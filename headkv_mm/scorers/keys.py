@@ -35,7 +35,12 @@ class KeyDifference(Scorer):
     """Keys that differ from the others of their head stay (arXiv 2504.15364, KeyDiff).
 
     The score is `-cos(k, mean of k' / ||k'|| over the entries k' that the head holds)`.
+
+    Attributes:
+        by_value: not in the paper: the score is `(1 - cos) ||v||`, as a value moves the head's output by its size.
     """
+
+    by_value: bool = False
 
     def score_entries(self, observed: Observed) -> Tensor:
         """Scores [N] float32."""
@@ -47,7 +52,10 @@ class KeyDifference(Scorer):
         for block in blocks(slots.shape[-1], _BLOCK):
             unit = normalize(entries(store.keys, slots[..., block], filled[..., block], torch.float32), dim=-1)
             likeness[..., block] = (unit * anchor).sum(-1)
-        return to_slots(-likeness, slots, filled, store)
+        scores = -likeness
+        if self.by_value:
+            scores = torch.where(filled, (1 - likeness).clamp(min=0) * norms(store.values)[slots], 0.0)
+        return to_slots(scores, slots, filled, store)
 
 
 def unit_key_sum(observed: Observed) -> Tensor:

@@ -14,18 +14,19 @@ from ..kernels.mass_kinds import MassOf
 from ..pieces import Observed, Scorer
 from ..plan import Plan
 from .attention import check_window
-from .regions import blocks, entries, region_slots, to_slots
+from .regions import blocks, entries, norms, region_slots, to_slots
 
 _BLOCK_ELEMENTS = 1 << 22
 
 
 @dataclass(frozen=True)
 class LogitSpread(Scorer):
-    """The standard deviation of an entry's logits over the last queries.
+    """The standard deviation of an entry's logits over the last queries, times the size of its value.
 
     The mean logit of many queries, which is that of their mean, does not see an entry that a few of them ask for and
     the others do not; the spread does. An entry that all ask for alike helps none of them to tell entries apart. The
-    variance is averaged over the group before the root is taken.
+    variance is averaged over the group before the root is taken. Attention that moves matters by how much it moves the
+    head's output, hence the value.
 
     While tokens are decoded no query is held: the variance is the mean square of the logits less the square of their
     mean. Squares are added up per slot as logits are computed anyway, and the mean logit is that of the mean query, of
@@ -42,9 +43,11 @@ class LogitSpread(Scorer):
     Attributes:
         queries: how many of the last ones; None: one row of an image, 32 of a text. While decoding no more than there
             are between two evictions.
+        by_value: multiply by the norm of the value.
     """
 
     queries: int | None = None
+    by_value: bool = True
 
     def __post_init__(self) -> None:
         if self.queries is not None:
@@ -77,7 +80,9 @@ class LogitSpread(Scorer):
 
     def score_entries(self, observed: Observed) -> Tensor:
         """Scores [N] float32."""
-        return self._of_queries(observed) if observed.added_up is None else _of_sums(observed, observed.added_up)
+        if observed.added_up is None:
+            return self._of_queries(observed)
+        return self._of_sums(observed, observed.added_up)
 
     def _of_queries(self, observed: Observed) -> Tensor:
         store, kv_heads = observed.store, observed.store.kv_heads
@@ -97,24 +102,32 @@ class LogitSpread(Scorer):
         for block in blocks(slots.shape[-1], max(_BLOCK_ELEMENTS // max(asking[..., 0].numel(), 1), 16)):
             keys = entries(store.keys, slots[..., block], filled[..., block], dtype)  # [B, G, m, D]
             variance[..., block] = (asking @ keys.mT).square_().sum(2)
-        return to_slots((variance / (count[..., 0] * group)).sqrt(), slots, filled, store)
+        spread = (variance / (count[..., 0] * group)).sqrt()
+        return to_slots(self._weighed(spread, observed, slots), slots, filled, store)
 
+    def _weighed(self, spread: Tensor, observed: Observed, slots: Tensor) -> Tensor:
+        """Times the size of the values where there is a spread, and so an entry; both [B, G, M]."""
+        if not self.by_value:
+            return spread
+        return torch.where(spread > 0, spread * norms(observed.store.values)[slots], 0.0)
 
-def _of_sums(observed: Observed, squares: Tensor) -> Tensor:
-    """Scores [N] from the sums of squared logits [N] and the mean query."""
-    mean, store = observed.mean_query, observed.store
-    if mean is None:  # no query was seen since the last decision
-        return torch.zeros_like(squares)
-    by_head = mean.unflatten(1, (store.kv_heads, -1))  # [B, G, R, D]
-    group = by_head.shape[2]
-    of_mean = torch.zeros_like(squares)
-    for r in range(group):
-        own = by_head[:, :, r].contiguous()  # [B, G, D]
-        of_mean += kernels.mean_query_logits(own, store.keys, store.start, store.length, scale=observed.scale).square()
-    slots, filled = region_slots(store)  # [B, G, M]
-    count = observed.per_row(observed.query_counts or [0] * store.rows)[..., None]  # [B, 1, 1]
-    variance = (squares[slots] / count.clamp(min=1) - of_mean[slots]) / group
-    scores = torch.where(filled, variance, 0.0).clamp(min=0).sqrt()
-    judged = filled & (store.positions[slots] <= observed.seen[:, None, None] - count)
-    largest = torch.where(judged, scores, 0.0).amax(-1, keepdim=True)
-    return to_slots(torch.where(judged, scores, largest), slots, filled, store)
+    def _of_sums(self, observed: Observed, squares: Tensor) -> Tensor:
+        """Scores [N] from the sums of squared logits [N] and the mean query."""
+        mean, store = observed.mean_query, observed.store
+        if mean is None:  # no query was seen since the last decision
+            return torch.zeros_like(squares)
+        by_head = mean.unflatten(1, (store.kv_heads, -1))  # [B, G, R, D]
+        group = by_head.shape[2]
+        of_mean = torch.zeros_like(squares)
+        for r in range(group):
+            own = by_head[:, :, r].contiguous()  # [B, G, D]
+            of_mean += kernels.mean_query_logits(
+                own, store.keys, store.start, store.length, scale=observed.scale
+            ).square()
+        slots, filled = region_slots(store)  # [B, G, M]
+        count = observed.per_row(observed.query_counts or [0] * store.rows)[..., None]  # [B, 1, 1]
+        variance = (squares[slots] / count.clamp(min=1) - of_mean[slots]) / group
+        scores = self._weighed(torch.where(filled, variance, 0.0).clamp(min=0).sqrt(), observed, slots)
+        judged = filled & (store.positions[slots] <= observed.seen[:, None, None] - count)
+        largest = torch.where(judged, scores, 0.0).amax(-1, keepdim=True)
+        return to_slots(torch.where(judged, scores, largest), slots, filled, store)

@@ -101,10 +101,11 @@ def text(rows: Rows, scorer: LogitSpread, lengths: list[int], plan: TextPlan, wi
     return TextCompressor(pieces, plan, keys, values, padding, lengths, asked)
 
 
-def spread(key: Tensor, queries: list[Tensor]) -> float:
-    """The definition: variance over the queries [H', D], its mean over them, the root."""
+def spread(key: Tensor, queries: list[Tensor], value: Tensor | None) -> float:
+    """The definition: variance over the queries [H', D], its mean over them, the root; times the size of the value."""
     logits = torch.stack(queries).double() @ key.double() * SCALE  # [Q, R]
-    return float(logits.var(0, correction=0).mean().sqrt())
+    size = 1.0 if value is None else float(value.double().norm())
+    return float(logits.var(0, correction=0).mean().sqrt()) * size
 
 
 def check(watched: Watched, rows: Rows, counts: Callable[[int], int]) -> None:
@@ -120,7 +121,10 @@ def check(watched: Watched, rows: Rows, counts: Callable[[int], int]) -> None:
             group = [query[head * GROUP : (head + 1) * GROUP] for query in own[first:]]
             found = {int(store.positions[slot]): float(scores[slot]) for slot in range(begin, begin + length)}
             expected = {
-                int(store.positions[slot]): spread(store.keys[slot], group) for slot in range(begin, begin + length)
+                int(store.positions[slot]): spread(
+                    store.keys[slot], group, store.values[slot] if watched.by_value else None
+                )
+                for slot in range(begin, begin + length)
             }
             if observed.added_up is not None:
                 largest = max((score for position, score in expected.items() if position <= first), default=0.0)
@@ -265,7 +269,7 @@ def test_large_common_logits_do_not_hide_the_spread(common: float, tolerance: fl
     keys, queries = torch.zeros(40, 16), torch.randn(64, 16, generator=generator)
     keys[:, 0], queries[:, 0] = 1.0, common
     keys[:, 1:] = 0.5 * torch.nn.functional.normalize(torch.randn(40, 15, generator=generator), dim=-1)
-    found = LogitSpread().score_entries(observed_sums(keys, queries))
+    found = LogitSpread(by_value=False).score_entries(observed_sums(keys, queries))
     logits = queries.double() @ keys.double().T
     expected = logits.std(0, correction=0)
     assert expected.min() > 0.3
@@ -276,7 +280,7 @@ def test_no_spread_is_zero_and_never_nan() -> None:
     keys = 3 * torch.randn(40, 16, generator=torch.Generator().manual_seed(0))
     queries = torch.randn(1, 16, generator=torch.Generator().manual_seed(1)).expand(16, 16)
     found = LogitSpread().score_entries(observed_sums(keys, queries))
-    sizes = keys.norm(dim=-1) * queries[0].norm()
+    sizes = keys.norm(dim=-1).square() * queries[0].norm()  # the values are the keys
     assert (found >= 0).all()
     assert (found <= 1e-3 * sizes + 1e-6).all()
 
