@@ -22,7 +22,7 @@ from typing import Any
 
 from allocation_held_out_table import table
 from allocation_pooling import MATERIALS, pool
-from allocation_rules import CHOSEN, register_chosen
+from allocation_rules import CHOSEN
 
 from headkv_mm.evaluation.argument_values import budgets, names, option, whole, whole_numbers
 from headkv_mm.evaluation.method_options import AskedOption
@@ -35,8 +35,8 @@ from headkv_mm.evaluation.text.runner import open_text_model
 from headkv_mm.evaluation.text.settings import TextSettings
 
 METHODS = {
-    "images": ("none", "headkv", "lines", "snapkv", "adakv", CHOSEN["images"]),
-    "text": ("none", "headkv", "keydiff", "adakv", "headkv-r2", CHOSEN["text"]),
+    "images": ("none", "headkv", "lines", "adakv", "logit-spread", CHOSEN),
+    "text": ("none", "headkv", "keydiff", "adakv", "headkv-r2", CHOSEN),
 }
 BUDGETS = {"images": (1 / 4, 1 / 8, 1 / 12), "text": (1 / 4, 1 / 8, 1 / 16)}
 OPTIONS: tuple[AskedOption, ...] = (("headkv-r2", "scorer", "keydiff"),)
@@ -76,7 +76,9 @@ def parsed(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("kind", choices=tuple(MATERIALS))
     parser.add_argument("--methods", type=names, metavar="NAMES", help="the chosen rule must be among them")
-    parser.add_argument("--chosen", metavar="NAME", help=f"what is compared with the others (default: {CHOSEN})")
+    parser.add_argument(
+        "--chosen", default=CHOSEN, metavar="NAME", help=f"compared with the others (default: {CHOSEN})"
+    )
     parser.add_argument("--budgets", type=budgets, metavar="BUDGETS")
     parser.add_argument("--seeds", type=whole_numbers, default=(5, 6, 7), metavar="SEEDS")
     parser.add_argument("--captions", type=whole(1), default=256, metavar="N", help="per seed")
@@ -99,7 +101,6 @@ def parsed(arguments: Sequence[str] | None) -> argparse.Namespace:
     args = parser.parse_args(arguments)
     args.methods = args.methods or METHODS[args.kind]
     args.budgets = args.budgets or BUDGETS[args.kind]
-    args.chosen = args.chosen or CHOSEN[args.kind]
     if args.option is None:
         args.option = [one for one in OPTIONS if args.kind == "text" and one[0] in args.methods]
     args.option = tuple(args.option)
@@ -111,7 +112,6 @@ def parsed(arguments: Sequence[str] | None) -> argparse.Namespace:
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run what is not finished, pool the seeds, and write what came out."""
     args = parsed(arguments)
-    register_chosen()
     contents = {}
     for seed in dict.fromkeys(args.seeds):
         began = time.perf_counter()
