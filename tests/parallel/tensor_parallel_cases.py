@@ -11,6 +11,7 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
 import headkv_mm
+from headkv_mm.allocators import MassCurves
 from headkv_mm.fingerprint import fingerprint
 from headkv_mm.head_tables import HeadTable, save_head_table
 from headkv_mm.llamagen import LlamaGenConfig, LlamaGenForConditionalGeneration
@@ -34,6 +35,7 @@ TEXT: dict[str, tuple[str, dict[str, Any]]] = {
     "headkv, no redistribution": ("headkv", {"budget": 24, "redistribute": False, "tau": 0.7}),
     "headkv, some local": ("headkv", {"budget": 0.4, "tau": 0.7, "local_window": 8}),
     "adakv, model": ("adakv", {"budget": 0.4, "scope": "model"}),
+    "keydiff, curves of the model": ("keydiff", {"budget": 0.3, "allocator": MassCurves(window=8, scope="model")}),
     "headkv-r2, scores": ("headkv-r2", {"budget": 0.4, "scores": SCORES}),
     "headkv-r2, table": ("headkv-r2", {"budget": 20, "table": "heads.json"}),
     "compresskv, scores": (
