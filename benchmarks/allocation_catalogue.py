@@ -47,36 +47,40 @@ def image_forms(needs: Table | None) -> list[Form]:
         needs: entries that every head needs, by layer and KV head; None leaves out the forms that divide by them.
     """
     logits: Chooser = (RecentQueries(), Stratified())  # as in headkv
+    plain: Chooser = (RecentQueries(), BY_SCORE)
     attention: Chooser = (WindowAttention(pool=1), BY_SCORE)  # as in snapkv and adakv
     spread: Chooser = (LogitSpread(), BY_SCORE)
     curves = MassCurves(scope="model")
-    divisions: dict[str, Allocator] = {
-        "curves": curves,
-        "pointed": Proportional(scope="model", statistic="pointed", contrast=4.0, most=16.0),
-    }
+    pointed_rows = Proportional(scope="model", statistic="pointed", contrast=4.0, most=16.0)
+    divisions: list[tuple[str, str, Allocator]] = [
+        ("curves-model", "curves", curves),
+        ("pointed-contrast-4-model", "pointed, contrast 4", pointed_rows),
+    ]
     if needs is not None:
-        divisions["needs"] = HeadTableShares(beta=NEEDS_BETA, scores=tuple(tuple(layer) for layer in needs))
+        scores = tuple(tuple(layer) for layer in needs)
+        divisions.append(("needs", "table of needs", HeadTableShares(beta=NEEDS_BETA, scores=scores)))
     pooled = Pooled(scope="model")
     once, again = AfterGrouping(), AfterGrouping(regroup_rows=REFRESH_ROWS)
     return [
         Form("logits", "two groups", "headkv"),
-        made("logits", "two groups, refreshed", (logits, HeadType(), again)),
-        made("logits", "equal", (logits, Uniform(window_rows=2.0), once)),
-        *(made("logits", name, (logits, division, once)) for name, division in divisions.items()),
+        made("logits+two-groups-again", "logits", "two groups, refreshed", (logits, HeadType(), again)),
+        made("logits+all-global", "logits", "equal", (logits, Uniform(window_rows=2.0), once)),
+        *(made(f"logits+{method}", "logits", name, (logits, form, once)) for method, name, form in divisions),
         Form("attention", "equal", "snapkv"),
         Form("attention", "pooled in layers", "adakv"),
-        made("attention", "pooled", (attention, pooled, once)),
-        *(made("attention", name, (attention, division, once)) for name, division in divisions.items()),
-        made("attention", "curves, refreshed", (attention, curves, again)),
+        made("attention+pooled-model", "attention", "pooled", (attention, pooled, once)),
+        *(made(f"attention+{method}", "attention", name, (attention, form, once)) for method, name, form in divisions),
+        made("attention+curves-model-again", "attention", "curves, refreshed", (attention, curves, again)),
         Form("logit spread", "equal", "logit-spread"),
-        made("logit spread", "pooled", (spread, pooled, once)),
-        *(made("logit spread", name, (spread, division, once)) for name, division in divisions.items()),
-        made("logits, no strata", "two groups", ((RecentQueries(), BY_SCORE), HeadType(), once)),
-        made("unlike keys", "two groups", ((KeyDifference(), BY_SCORE), HeadType(), once)),
-        made("attention, unlike keys", "two groups", ((Redundancy(), BY_SCORE), HeadType(), once)),
-        Form("unlike keys", "equal", "keydiff"),
-        Form("attention, unlike keys", "equal", "r-kv"),
-        Form("last row's attention, first row", "equal", "lines"),
+        Form("logit spread", "pointed, contrast 1", "pointed"),
+        made("spread+pooled-model", "logit spread", "pooled", (spread, pooled, once)),
+        *(made(f"spread+{method}", "logit spread", name, (spread, form, once)) for method, name, form in divisions),
+        made("logits-no-strata+two-groups", "logits, no strata", "two groups", (plain, HeadType(), once)),
+        made("keys+two-groups", "keys", "two groups", ((KeyDifference(), BY_SCORE), HeadType(), once)),
+        made("redundancy+two-groups", "attention and keys", "two groups", ((Redundancy(), BY_SCORE), HeadType(), once)),
+        Form("keys", "equal", "keydiff"),
+        Form("attention and keys", "equal", "r-kv"),
+        Form("attention, first row", "equal", "lines"),
         Form("newest", "equal", "streaming"),
     ]
 
@@ -84,49 +88,55 @@ def image_forms(needs: Table | None) -> list[Form]:
 def text_forms() -> list[Form]:
     """Forms for texts."""
     keys: Chooser = (KeyDifference(), BY_SCORE)
+    by_value: Chooser = (KeyDifference(by_value=True), BY_SCORE)
     attention: Chooser = (WindowAttention(window=TEXT_WINDOW), BY_SCORE)
     by_statistic = Proportional(window=TEXT_WINDOW, scope="model")
     curves = MassCurves(window=TEXT_WINDOW, scope="model")
     pooled = Pooled(window=TEXT_WINDOW, scope="model")
-    table = HeadTableShares(window=TEXT_WINDOW)
     groups = HeadType(window=TEXT_WINDOW)
-    divisions: dict[str, Allocator] = {
-        "pooled in layers": replace(pooled, scope="layer"),
-        "pooled": pooled,
-        "curves in layers": replace(curves, scope="layer"),
-        "curves": curves,
-        "entropy": by_statistic,
-        "backward": replace(by_statistic, statistic="backward"),
-        "distant": replace(by_statistic, statistic="distant", grouping_queries=64),
-        "pointed, contrast 1": pointed(contrast=1.0),
-        "pointed, contrast 4": pointed(contrast=4.0),
-        "pointed, contrast 8": pointed(contrast=8.0),
-        "spread of keys": replace(by_statistic, statistic="keys"),
-        "head table": table,
+    divisions: dict[str, tuple[str, Allocator]] = {
+        "pooled-scores-layer": ("pooled in layers", replace(pooled, scope="layer")),
+        "pooled-scores-model": ("pooled", pooled),
+        "curves-layer": ("curves in layers", replace(curves, scope="layer")),
+        "curves-model": ("curves", curves),
+        "entropy-model": ("entropy", by_statistic),
+        "curve-length-model": ("best entries", replace(by_statistic, statistic="curve")),
+        "backward-model": ("backward tokens", replace(by_statistic, statistic="backward")),
+        "distant-model": ("distant", replace(by_statistic, statistic="distant")),
+        "pointed-of-64-up-to-16-model": ("pointed, contrast 1", replace(pointed(contrast=1.0), most=16.0)),
+        "pointed-of-64-contrast-4-up-to-16-model": ("pointed, contrast 4", replace(pointed(contrast=4.0), most=16.0)),
+        "pointed-of-64-contrast-8-up-to-16-model": ("pointed, contrast 8", replace(pointed(contrast=8.0), most=16.0)),
+        "key-spread-model": ("spread of keys", replace(by_statistic, statistic="keys")),
+        "table": ("head table", HeadTableShares(window=TEXT_WINDOW)),
     }
+    by_attention = ("pooled-scores-model", "curves-model", "pointed-of-64-contrast-4-up-to-16-model")
     each = EachInterval()
     return [
-        Form("unlike keys", "equal", "keydiff"),
-        Form("unlike keys", "two groups", "headkv"),
-        *(made("unlike keys", name, (keys, division, each)) for name, division in divisions.items()),
-        made("attention", "equal", (attention, Uniform(window=TEXT_WINDOW), each)),
-        made("attention", "pooled in layers", (attention, divisions["pooled in layers"], each)),
-        made("attention", "curves", (attention, curves, each)),
-        made("attention", "pointed, contrast 4", (attention, divisions["pointed, contrast 4"], each)),
-        made("attention", "head table", (attention, table, each)),
-        made("unlike keys, no strata", "two groups", (keys, groups, each)),
-        made("attention, unlike keys", "two groups", ((Redundancy(), BY_SCORE), groups, each)),
-        Form("attention, unlike keys", "equal", "r-kv"),
+        Form("keys", "equal", "keydiff"),
+        Form("keys", "two groups", "headkv"),
+        *(made(f"keys+{method}", "keys", name, (keys, form, each)) for method, (name, form) in divisions.items()),
+        made("keys-by-value+equal", "keys by value", "equal", (by_value, Uniform(window=TEXT_WINDOW), each)),
+        made("keys-by-value+table", "keys by value", "head table", (by_value, divisions["table"][1], each)),
+        Form("keys by value", "pointed, contrast 8", "pointed"),
+        Form("attention", "equal", "snapkv"),
+        Form("attention", "pooled in layers", "adakv"),
+        *(
+            made(f"attention+{method}", "attention", divisions[method][0], (attention, divisions[method][1], each))
+            for method in by_attention
+        ),
+        Form("attention", "head table", "headkv-r2"),
+        made("keys-no-strata+two-groups", "keys, no strata", "two groups", (keys, groups, each)),
+        made("redundancy+two-groups", "attention and keys", "two groups", ((Redundancy(), BY_SCORE), groups, each)),
+        Form("attention and keys", "equal", "r-kv"),
         Form("logit spread", "equal", "logit-spread"),
         Form("newest", "equal", "streaming"),
         Form("chance", "equal", "random"),
     ]
 
 
-def made(entries: str, division: str, parts: tuple[Chooser, Allocator, Schedule]) -> Form:
+def made(method: str, entries: str, division: str, parts: tuple[Chooser, Allocator, Schedule]) -> Form:
     """A form that the library has no name for."""
     (scorer, selector), allocator, schedule = parts
-    method = f"{entries}+{division}".replace(",", "").replace("'", "").replace(" ", "-")
     return Form(entries, division, method, Pieces(scorer, allocator, selector, schedule))
 
 

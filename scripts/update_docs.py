@@ -12,11 +12,12 @@ from __future__ import annotations
 import argparse
 import re
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))  # also when a test loads this file from elsewhere
 
+import allocation_tables
 import cpu_tables
 import head_need_tables
 import method_tables
@@ -46,6 +47,10 @@ MAKERS: dict[str, Callable[[], str]] = {
     "head-mass-and-answers": head_need_tables.mass_and_answers,
     "head-rankings-images": head_need_tables.rankings_of_images,
     "head-rankings-text": head_need_tables.rankings_of_texts,
+    "allocation-forms-images": allocation_tables.forms_of_images,
+    "allocation-forms-text": allocation_tables.forms_of_texts,
+    "allocation-held-out-images": allocation_tables.held_out_images,
+    "allocation-held-out-text": allocation_tables.held_out_texts,
     "images": method_tables.images,
     "text-cache": cpu_tables.text_cache,
     "fastkv-prefill": cpu_tables.fastkv_prefill,
@@ -70,11 +75,11 @@ def updated(text: str) -> str:
     return BLOCK.sub(lambda match: f"{match[1]}{MAKERS[match[2]]()}\n{match[4]}", text)
 
 
-def main() -> int:
+def main(arguments: Sequence[str] | None = None) -> int:
     """Rewrite or check every document."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--check", action="store_true", help="change nothing; exit with 1 if something is out of date")
-    args = parser.parse_args()
+    args = parser.parse_args(arguments)
     stale = []
     for page in (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))):
         before = page.read_text(encoding="utf-8")

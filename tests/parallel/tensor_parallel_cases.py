@@ -50,7 +50,8 @@ TEXT: dict[str, tuple[str, dict[str, Any]]] = {
     "bytes": ("snapkv", {"budget": "60KiB"}),
 }
 IMAGE: dict[str, tuple[str, dict[str, Any]]] = {
-    name: (name, {"budget": 0.6}) for name in ("headkv", "adakv", "tova", "logit-spread")
+    **{name: (name, {"budget": 0.6}) for name in ("headkv", "adakv", "tova", "logit-spread", "pointed")},
+    "adakv, model": ("adakv", {"budget": 0.6, "scope": "model"}),
 }
 
 
