@@ -17,13 +17,16 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from kept_token_plots import draw_all
 
 from headkv_mm.budgets import parse_budget
 from headkv_mm.cache import HeadKVCache
 from headkv_mm.compression import Compression
 from headkv_mm.demo.documents import Document, make_document, question_text, score_answer
-from headkv_mm.demo.scenes import GRID_SIZE, caption, unseen_scenes
+from headkv_mm.demo.parsing import score
+from headkv_mm.demo.patches import tokens_to_image
+from headkv_mm.demo.scenes import GRID_SIZE, Scene, caption, unseen_scenes
 from headkv_mm.evaluation.origin import commit, versions
 from headkv_mm.evaluation.prompts import encode
 from headkv_mm.evaluation.runner import open_model
@@ -69,8 +72,16 @@ def image_part(
                 kept += kept_from(cache, start)
 
         tokens = model.generate(prompts.ids, prompts.mask, seeds=[seed], past_key_values=cache, callback=look)
-        found.append({"method": method, "options": dict(options), "tokens": tokens[0].tolist(), "kept": kept})
+        right = drawn_right(scene, tokens[0].tolist())
+        found.append(
+            {"method": method, "options": dict(options), "tokens": tokens[0].tolist(), "right": right, "kept": kept}
+        )
     return {"caption": caption(scene), "seed": seed, "budget": budget, "rows": rows, "methods": found}
+
+
+def drawn_right(scene: Scene, tokens: Sequence[int]) -> bool:
+    """Is everything in an image as its caption says?"""
+    return bool(score(scene, tokens_to_image(np.asarray(tokens))).all_right)
 
 
 def text_part(

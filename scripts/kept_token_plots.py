@@ -56,14 +56,14 @@ def image_figure(part: Mapping[str, Any]) -> Figure:
             tokens_to_image(np.array(one["tokens"])), interpolation="nearest", extent=(0, GRID_SIZE, GRID_SIZE, 0)
         )
         above.axhline(rows, color="black", linestyle=":", linewidth=1.4)
-        above.set_title(label(one), fontsize=11)
+        above.set_title(f"{label(one)}: {'right' if one['right'] else 'wrong'}", fontsize=11)
         counts, heads = held_by(one["kept"])[:rows], sum(len(layer) for layer in one["kept"])
         drawn = below.imshow(
             counts, cmap="magma", norm=PowerNorm(0.5, 0, heads), interpolation="nearest", extent=(0, GRID_SIZE, rows, 0)
         )
         # The newest row stays in every head whatever is chosen.
         older, on_shapes = counts[:-1].sum(), counts[:-1][shapes[: rows - 1]].sum()
-        below.set_title(f"before row {rows}: {older} entries, {on_shapes} of them on shapes", fontsize=9)
+        below.set_title(f"{on_shapes} of {older} entries before\nrow {rows} are on the shape", fontsize=9)
         outline(above, shapes)
         outline(below, shapes[:rows])
         for axes in (above, below):
@@ -129,11 +129,12 @@ def text_figure(part: Mapping[str, Any]) -> Figure:
             np.arange(tokens + 1), np.arange(len(held) + 1), held, cmap="Greys", vmin=0, vmax=1.15, rasterized=True
         )
         marked = held_evidence(one["kept"], part["evidence"])
+        values = len(part["evidence"])
         for first, last in part["evidence"]:
             axes.axvspan(first, last + 1, color=EVIDENCE, alpha=0.35, linewidth=0)
             axes.plot([(first + last + 1) / 2], [-0.45], marker="v", color=EVIDENCE, markersize=6, clip_on=False)
         axes.set_title(
-            f"{label(one)}: {'right' if one['right'] else 'wrong'}; {marked} of {heads} heads hold a value whole",
+            f"{label(one)}: {'right' if one['right'] else 'wrong'}; {marked} of {heads} heads hold all {values} values",
             fontsize=10,
             pad=10,
         )
@@ -154,9 +155,9 @@ def held_map(kept: Kept, tokens: int) -> npt.NDArray[np.float64]:
 
 
 def held_evidence(kept: Kept, evidence: Sequence[Sequence[int]]) -> int:
-    """How many heads hold all tokens of at least one value."""
-    spans = [set(range(first, last + 1)) for first, last in evidence]
-    return sum(any(span <= set(head) for span in spans) for layer in kept for head in layer)
+    """How many heads hold all tokens of all values."""
+    wanted = {position for first, last in evidence for position in range(first, last + 1)}
+    return sum(wanted <= set(head) for layer in kept for head in layer)
 
 
 def name_layers(axes: Axes, heads: Sequence[int]) -> None:

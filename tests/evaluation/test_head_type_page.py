@@ -67,7 +67,7 @@ def test_curves_have_a_line_for_every_form(scripts: Any) -> None:
 
 def kept_content() -> dict[str, Any]:
     kept = [[[0, 1, 255], [0, 17]], [[0], []]]
-    image = {"method": "a", "options": {}, "tokens": [0] * 256, "kept": kept}
+    image = {"method": "a", "options": {}, "tokens": [0] * 256, "right": True, "kept": kept}
     image["tokens"][:2] = [5, 5]
     text = {"method": "b", "options": {"scorer": "keydiff"}, "answer": "7", "right": True, "kept": kept}
     return {
@@ -84,8 +84,9 @@ def test_kept_tokens_are_counted_by_place(scripts: Any) -> None:
     assert (counts[0, 0], counts[0, 1], counts[1, 1], counts[15, 15], counts.sum()) == (3, 1, 1, 1, 6)
     shapes = plots.shape_tokens(content["images"]["methods"][0]["tokens"])
     assert np.argwhere(shapes).tolist() == [[0, 0], [0, 1]]
-    # A value counts where one head holds all of it: the first head holds 0 and 1, nobody 17 and 18.
-    assert plots.held_evidence(kept, content["text"]["evidence"]) == 1
+    assert plots.held_evidence(kept, [[0, 1], [255, 255]]) == 1
+    assert plots.held_evidence(kept, [[0, 0]]) == 3
+    assert plots.held_evidence(kept, [[0, 1], [17, 17]]) == 0  # each by another head
     assert plots.held_map(kept, 300)[1].nonzero()[0].tolist() == [0, 17]
 
 
