@@ -50,6 +50,7 @@ def image_forms(needs: Table | None) -> list[Form]:
     plain: Chooser = (RecentQueries(), BY_SCORE)
     attention: Chooser = (WindowAttention(pool=1), BY_SCORE)  # as in snapkv and adakv
     spread: Chooser = (LogitSpread(), BY_SCORE)
+    spread_alone: Chooser = (LogitSpread(by_value=False), BY_SCORE)
     curves = MassCurves(scope="model")
     pointed_rows = Proportional(scope="model", statistic="pointed", contrast=4.0, most=16.0)
     divisions: list[tuple[str, str, Allocator]] = [
@@ -71,6 +72,7 @@ def image_forms(needs: Table | None) -> list[Form]:
         made("attention+pooled-model", "attention", "pooled", (attention, pooled, once)),
         *(made(f"attention+{method}", "attention", name, (attention, form, once)) for method, name, form in divisions),
         made("attention+curves-model-again", "attention", "curves, refreshed", (attention, curves, again)),
+        made("spread-no-value+equal", "logit spread, no values", "equal", (spread_alone, Uniform(), once)),
         Form("logit spread", "equal", "logit-spread"),
         Form("logit spread", "pointed, contrast 1", "pointed"),
         made("spread+pooled-model", "logit spread", "pooled", (spread, pooled, once)),

@@ -15,7 +15,7 @@ from transformers.pipelines.base import Pipeline
 
 from headkv_mm.cache import HeadKVCache
 from headkv_mm.pipelines.answers import DocumentReport
-from headkv_mm.pipelines.defaults import CHUNK_SIZE, DEFAULT_BUDGET, MAX_NEW_TOKENS, default_compression
+from headkv_mm.pipelines.defaults import CHUNK_SIZE, DEFAULT_BUDGET, MAX_NEW_TOKENS, METHOD
 from headkv_mm.pipelines.document import Document
 from headkv_mm.pipelines.document_prompts import PromptFormat
 from headkv_mm.pipelines.kv_arguments import KVArguments
@@ -189,8 +189,7 @@ class LongDocumentQAPipeline(Pipeline):
         """
         if kv.compression is None:
             budget = DEFAULT_BUDGET if kv.budget is None else kv.budget
-            method, options = default_compression(self.model)
-            kv = KVArguments(method, budget, {**options, **kv.options})
+            kv = KVArguments(METHOD, budget, kv.options)
         compression = kv.resolve()
         HeadKVCache(self.model, compression)  # refuses models and budgets that cannot work
         return compression

@@ -24,7 +24,7 @@ from accelerate.utils import gather_object
 
 import headkv_mm
 from headkv_mm.commands.option_values import budget, option, whole_number
-from headkv_mm.pipelines.defaults import CHUNK_SIZE, DEFAULT_BUDGET, MAX_NEW_TOKENS, WITH_TABLE, WITHOUT_TABLE
+from headkv_mm.pipelines.defaults import CHUNK_SIZE, DEFAULT_BUDGET, MAX_NEW_TOKENS, METHOD
 
 FULL = "none"
 Key = tuple[str, str]  # document and question
@@ -40,7 +40,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--kv-compression",
         metavar="METHOD",
-        help=f"none: the full cache (default: {WITH_TABLE} if a head table ships for the model, else {WITHOUT_TABLE})",
+        help=f"none: the full cache (default: {METHOD})",
     )
     parser.add_argument("--kv-budget", type=budget, default=DEFAULT_BUDGET, metavar="BUDGET", help="1/4, 256, 64MiB")
     parser.add_argument("--kv-option", type=option, action="append", default=[], metavar="NAME=VALUE")

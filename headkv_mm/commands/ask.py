@@ -14,7 +14,7 @@ from headkv_mm.commands.compile_kernels import compile_cpu_kernels
 from headkv_mm.commands.devices import usable_device
 from headkv_mm.commands.option_values import budget, option, whole_number
 from headkv_mm.commands.output_folder import OutputFolder
-from headkv_mm.pipelines.defaults import CHUNK_SIZE, DEFAULT_BUDGET, MAX_NEW_TOKENS, WITH_TABLE, WITHOUT_TABLE
+from headkv_mm.pipelines.defaults import CHUNK_SIZE, DEFAULT_BUDGET, MAX_NEW_TOKENS, METHOD
 
 if TYPE_CHECKING:
     from headkv_mm.pipelines import Answer, Document, LongDocumentQAPipeline
@@ -55,8 +55,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     compression.add_argument(
         "--kv-compression",
         metavar="METHOD",
-        help=f"see headkv-mm methods; none for the full cache (default: {WITH_TABLE} if a head table ships for the "
-        f"model, otherwise {WITHOUT_TABLE})",
+        help=f"see headkv-mm methods; none for the full cache (default: {METHOD})",
     )
     compression.add_argument(
         "--kv-budget",

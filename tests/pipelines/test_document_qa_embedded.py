@@ -45,11 +45,10 @@ def test_most_answers_are_right_and_come_from_the_document(qa: LongDocumentQAPip
 
 
 def test_a_quarter_of_the_cache_still_answers_by_default() -> None:
-    """The default is the head table's method, since the embedded model has a table."""
     pipe = headkv_mm.pipeline("long-document-question-answering", device="cpu")
     example = EXAMPLES[0]
     doc = pipe.read(example.document)
-    assert (doc.report.method, doc.report.budget, doc.report.options) == ("headkv-r2", 0.25, {"scorer": "keydiff"})
+    assert (doc.report.method, doc.report.budget, doc.report.options) == ("pointed", 0.25, {})
     assert doc.report.nbytes < 0.27 * doc.report.nbytes_full
     scores = [score_answer(question, doc.ask(question.text).text) for question in make_example(example.name).questions]
     assert sum(scores) / len(scores) > 0.7
