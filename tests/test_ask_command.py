@@ -126,7 +126,7 @@ def test_the_example_with_everything(small_model: str, tmp_path: Path, capsys: p
     assert full["nbytes"] == pytest.approx(full["nbytes_full"], rel=1e-3)  # some bytes of bookkeeping
     assert small["nbytes"] < small["nbytes_full"] / 2
     assert re.search(rf"^1  full cache .* {full['document_tokens']} of {full['document_tokens']} ", out, re.MULTILINE)
-    assert re.search(rf"^1  keydiff 1/4 .*{small['ratio']:.1%}", out, re.MULTILINE)
+    assert re.search(rf"^1  pointed 1/4 .*{small['ratio']:.1%}", out, re.MULTILINE)
     assert record["pictures"] == ["map.png"]
     assert Image.open(tmp_path / "out" / "map.png").width > 500
     assert out.splitlines()[-3:] == [
