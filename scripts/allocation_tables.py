@@ -12,7 +12,7 @@ from result_files import RESULTS, load
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "benchmarks"))
 
-from allocation_held_out_table import described, quality, verdicts
+from allocation_held_out_table import by_budget, described, interval, label, quality, verdicts
 
 from headkv_mm.evaluation.settings import FULL, budget_label
 from headkv_mm.evaluation.tables import percent, table
@@ -79,3 +79,27 @@ def _held_out(kind: str) -> str:
         return NOT_RUN
     part = content[kind]
     return "\n\n".join((described(part), quality(part), "Intervals that do not overlap:", verdicts(part)))
+
+
+def held_out_images_short() -> str:
+    """What every method gets right on the held-out captions, a column per budget."""
+    return _held_out_short("images")
+
+
+def held_out_texts_short() -> str:
+    """The same on documents."""
+    return _held_out_short("text")
+
+
+def _held_out_short(kind: str) -> str:
+    part = load(HELD_OUT)[kind]
+    runs = by_budget(part["runs"])
+    budgets = sorted({run["budget"] for run in runs if run["budget"] is not None}, reverse=True)
+    found = {(label(run), run["budget"]): run for run in runs}
+    full = next(run for run in runs if run["method"] == FULL)
+    rows = [["full cache", interval(full["right"], "right"), *([""] * (len(budgets) - 1))]]
+    for name in dict.fromkeys(label(run) for run in runs if run["method"] != FULL):
+        rows.append([f"`{name}`", *(interval(found[name, budget]["right"], "right") for budget in budgets)])
+    seeds = ", ".join(map(str, part["settings"]["seeds"]))
+    heads = [f"{part['items']} {part['unit']}, seeds {seeds}", *(budget_label(budget) for budget in budgets)]
+    return table(heads, rows)

@@ -51,6 +51,8 @@ MAKERS: dict[str, Callable[[], str]] = {
     "allocation-forms-text": allocation_tables.forms_of_texts,
     "allocation-held-out-images": allocation_tables.held_out_images,
     "allocation-held-out-text": allocation_tables.held_out_texts,
+    "held-out-images-short": allocation_tables.held_out_images_short,
+    "held-out-text-short": allocation_tables.held_out_texts_short,
     "images": method_tables.images,
     "text-cache": cpu_tables.text_cache,
     "fastkv-prefill": cpu_tables.fastkv_prefill,
