@@ -21,7 +21,7 @@ from headkv_mm.pipelines.models.image_decoder import image_decoder
 from . import adapter_checks as checks
 from . import tiny_image_models as tiny
 
-METHODS = ("headkv", "lines", "streaming", "snapkv")
+METHODS = ("headkv", "lines", "streaming", "pointed")
 PROMPTS = ["a cat", "a much longer dog"]
 LUMINA = ImageGrid(8, 4, row_stride=5)
 GRIDS = [pytest.param(None, id="anole"), pytest.param(LUMINA, id="lumina")]

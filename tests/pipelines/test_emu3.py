@@ -25,7 +25,7 @@ from .image_oracle import largest_difference, masked_again, tracing
 CODES, GRID = 24, ImageGrid(6, 7)
 SHORT, LONG, BAD = "a cat", "a much longer dog", "blurry"
 SMALL = {"kv_compression": "headkv", "kv_budget": 0.5, "kv_options": {"grouping_rows": 2}}
-METHODS = [SMALL, *({"kv_compression": name, "kv_budget": 0.4} for name in ("lines", "streaming", "snapkv"))]
+METHODS = [SMALL, *({"kv_compression": name, "kv_budget": 0.4} for name in ("lines", "streaming", "pointed"))]
 
 
 @pytest.fixture(scope="module")

@@ -27,7 +27,7 @@ from .tiny_glm_image import CODES, VISION, glm_image_pipeline
 GRID = ImageGrid(5, 6)
 SHORT, LONG = "a cat", "a 'long' word"
 SMALL = {"kv_compression": "headkv", "kv_budget": 0.5, "kv_options": {"grouping_rows": 2}}
-METHODS = [SMALL, *({"kv_compression": name, "kv_budget": 0.4} for name in ("lines", "streaming", "snapkv"))]
+METHODS = [SMALL, *({"kv_compression": name, "kv_budget": 0.4} for name in ("lines", "streaming", "pointed"))]
 
 
 @pytest.fixture(scope="module")

@@ -20,7 +20,7 @@ from headkv_mm.pipelines.models.pictures import to_picture
 from . import adapter_checks as checks
 from . import tiny_image_models as tiny
 
-METHODS = ("headkv", "lines", "streaming", "snapkv")
+METHODS = ("headkv", "lines", "streaming", "pointed")
 PROMPTS = ["a cat", "a much longer dog"]
 
 

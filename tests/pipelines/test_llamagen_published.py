@@ -21,7 +21,7 @@ from headkv_mm.pipelines.models.llamagen import LlamaGenAdapter
 from ..llamagen import published as theirs
 from . import adapter_checks as checks
 
-METHODS = ("headkv", "lines", "streaming", "snapkv")
+METHODS = ("headkv", "lines", "streaming", "pointed")
 KINDS = ("class", "text")
 PROMPTS = {"class": ["class 3", "class 0"], "text": ["A", "Long d"]}
 LENGTHS = {"class": [1, 1], "text": [3, 8]}
