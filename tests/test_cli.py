@@ -63,7 +63,7 @@ def test_generate_writes_images_and_a_record(
     assert record["settings"]["seed"] == 5
     assert [(image["seed"], image["read_as"]) for image in record["images"]] == [(5, CANONICAL), (6, CANONICAL)]
     (report,) = record["reports"]
-    assert (report["method"], report["budget"], report["options"]) == ("headkv", 0.5, {"grouping_rows": 2})
+    assert (report["method"], report["budget"], report["options"]) == ("pointed", 0.5, {"grouping_rows": 2})
     assert report["settings"]["top_k"] == 4
     # 12 pixels, enlarged by a whole number to about 512.
     assert Image.open(folder / f"{stem}-seed5.png").size == (504, 504)
@@ -85,17 +85,17 @@ def test_compare_and_maps(small_model: str, tmp_path: Path, capsys: pytest.Captu
     assert _generate(small_model, tmp_path, "--compare", "--maps", "--num-images", "2") == 0
     names = {file.name.split("blue-square-")[-1] for file in tmp_path.glob("*.png")}
     assert names == {
-        *(f"seed{seed}-{kind}.png" for seed in (0, 1) for kind in ("full", "headkv", "compare")),
+        *(f"seed{seed}-{kind}.png" for seed in (0, 1) for kind in ("full", "pointed", "compare")),
         "heads.png",
         "seed0-kept.png",
     }
     record = json.loads((tmp_path / "run.json").read_text())
     full, small = record["reports"]
-    assert (full["cache"], full["method"], small["method"]) == ("full", "none", "headkv")
+    assert (full["cache"], full["method"], small["method"]) == ("full", "none", "pointed")
     assert full["nbytes"] == small["nbytes_full"] > small["nbytes"]
     out = capsys.readouterr().out
     assert re.search(r"^full cache .*100\.0%", out, re.MULTILINE)
-    assert re.search(rf"^headkv 1/2 .*{small['ratio']:.1%}", out, re.MULTILINE)
+    assert re.search(rf"^pointed 1/2 .*{small['ratio']:.1%}", out, re.MULTILINE)
 
 
 def test_json_is_the_record(small_model: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

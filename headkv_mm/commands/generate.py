@@ -15,6 +15,7 @@ from headkv_mm.commands.devices import usable_device
 from headkv_mm.commands.option_values import budget, class_labels, image_rows, option, whole_number
 from headkv_mm.commands.output_folder import OutputFolder
 from headkv_mm.commands.pictures import enlarged
+from headkv_mm.pipelines.defaults import METHOD
 
 if TYPE_CHECKING:
     from headkv_mm.pipelines import ImageOutput
@@ -53,7 +54,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     place.add_argument("--device-map", metavar="MAP", help='"auto": spread a model over several accelerators')
     compression = parser.add_argument_group("KV cache")
     compression.add_argument(
-        "--kv-compression", default="headkv", metavar="METHOD", help="see headkv-mm methods; none for the full cache"
+        "--kv-compression",
+        default=METHOD,
+        metavar="METHOD",
+        help=f"see headkv-mm methods; none for the full cache (default: {METHOD})",
     )
     compression.add_argument(
         "--kv-budget",

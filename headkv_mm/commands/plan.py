@@ -43,7 +43,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--kv-compression",
         metavar="METHOD",
-        help=f"see headkv-mm methods (default: headkv for images, {METHOD} for texts)",
+        help=f"see headkv-mm methods (default: {METHOD})",
     )
     parser.add_argument(
         "--kv-budget", type=budget, metavar="BUDGET", help="see headkv-mm generate (default: several are shown)"
@@ -100,7 +100,7 @@ def plan(model: PlannedModel, args: argparse.Namespace) -> dict[str, Any]:
         chunk=args.chunk,
         dtype=dtype_of(args.dtype),
     )
-    method = args.kv_compression or ("headkv" if model.grid is not None else METHOD)
+    method = args.kv_compression or METHOD
     usual = _TEXT_BUDGETS if model.grid is None else _IMAGE_BUDGETS
     budgets = [(str(args.kv_budget), args.kv_budget)] if args.kv_budget else [(b, parse_budget(b)) for b in usual]
     rows = [_row(work, FULL, "", None, args)]

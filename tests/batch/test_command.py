@@ -59,11 +59,11 @@ def test_a_list(small_image_model: str, prompts: str, tmp_path: Path, capsys: py
     assert (second["id"], second["seed"], second["prompt"]) == ("ring", 0, "blue ring left on black")
     assert 0 < first["kv_bytes"] < first["kv_bytes_full"]
     config = json.loads((out / "config.json").read_text())
-    assert config["settings"]["kv_compression"] == {"method": "headkv", "budget": 0.5, "grouping_rows": 2}
+    assert config["settings"]["kv_compression"] == {"method": "pointed", "budget": 0.5, "grouping_rows": 2}
     assert config["made_with"]["versions"]["torch"]
     timings = read_lines(out / "timings.jsonl")
     assert sorted(name for timing in timings for name in timing["images"]) == ["00001", "ring"]
-    kv: dict[str, Any] = {"kv_compression": "headkv", "kv_budget": 1 / 2, "kv_options": {"grouping_rows": 2}}
+    kv: dict[str, Any] = {"kv_compression": "pointed", "kv_budget": 1 / 2, "kv_options": {"grouping_rows": 2}}
     pipe = headkv_mm.pipeline("text-to-image", small_image_model, device="cpu", **kv)
     wanted = pipe("red circle top", seed=5).images[0]
     assert Image.open(out / "00001.png").tobytes() == wanted.tobytes()

@@ -33,7 +33,7 @@ def test_table_of_an_image_model(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["plan", "--model", "llamagen-xl-384", "--memory", "24GiB", "--batch", "200"]) == 0
     out = capsys.readouterr().out
     assert "36 layers, 20 KV heads of 64, bfloat16; 24 x 24 tokens, 2 rows per image (guidance)" in out
-    assert "200 images fit with headkv and a budget of at most" in out
+    assert "200 images fit with pointed and a budget of at most" in out
     record = planned(capsys, "--model", "llamagen-xl-384", "--memory", "24GiB", "--batch", "200")
     full, *compressed = record["methods"]
     # Two rows of one class token and 576 image tokens: keys and values of 36 layers, 20 heads of 64, 2 bytes each.
