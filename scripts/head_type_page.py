@@ -38,7 +38,7 @@ def draw_figures(results: Path) -> list[Path]:
         The files.
     """
     drawn = []
-    for folder in ("heads_images", "heads_text"):
+    for folder in ("heads_images", "heads_text", "heads_images_deep"):
         drawn.append(results / folder / "needs.png")
         write_atomically(drawn[-1], needs_figure(load(f"{folder}/results.json")).savefig)
     exploration = load(EXPLORATION)

@@ -19,6 +19,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent))  # also when a test loa
 
 import allocation_tables
 import cpu_tables
+import depth_tables
 import head_need_tables
 import method_tables
 import plan_tables
@@ -45,6 +46,8 @@ MAKERS: dict[str, Callable[[], str]] = {
     "head-predictors-images": head_need_tables.predictors_of_images,
     "head-predictors-text": head_need_tables.predictors_of_texts,
     "head-mass-and-answers": head_need_tables.mass_and_answers,
+    "head-depth": depth_tables.depth,
+    "head-depth-labels": depth_tables.labels,
     "head-rankings-images": head_need_tables.rankings_of_images,
     "head-rankings-text": head_need_tables.rankings_of_texts,
     "allocation-forms-images": allocation_tables.forms_of_images,
