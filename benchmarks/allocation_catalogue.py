@@ -105,9 +105,9 @@ def text_forms() -> list[Form]:
         "curve-length-model": ("best entries", replace(by_statistic, statistic="curve")),
         "backward-model": ("backward tokens", replace(by_statistic, statistic="backward")),
         "distant-model": ("distant", replace(by_statistic, statistic="distant")),
-        "pointed-of-64-up-to-16-model": ("pointed, contrast 1", replace(pointed(contrast=1.0), most=16.0)),
-        "pointed-of-64-contrast-4-up-to-16-model": ("pointed, contrast 4", replace(pointed(contrast=4.0), most=16.0)),
-        "pointed-of-64-contrast-8-up-to-16-model": ("pointed, contrast 8", replace(pointed(contrast=8.0), most=16.0)),
+        "pointed-of-64-up-to-16-model": ("pointed, contrast 1", pointed(contrast=1.0)),
+        "pointed-of-64-contrast-4-up-to-16-model": ("pointed, contrast 4", pointed(contrast=4.0)),
+        "pointed-of-64-contrast-8-up-to-16-model": ("pointed, contrast 8", pointed(contrast=8.0)),  # `pointed`
         "key-spread-model": ("spread of keys", replace(by_statistic, statistic="keys")),
         "table": ("head table", HeadTableShares(window=TEXT_WINDOW)),
     }
@@ -119,7 +119,12 @@ def text_forms() -> list[Form]:
         *(made(f"keys+{method}", "keys", name, (keys, form, each)) for method, (name, form) in divisions.items()),
         made("keys-by-value+equal", "keys by value", "equal", (by_value, Uniform(window=TEXT_WINDOW), each)),
         made("keys-by-value+table", "keys by value", "head table", (by_value, divisions["table"][1], each)),
-        Form("keys by value", "pointed, contrast 8", "pointed"),
+        made(
+            "keys-by-value+pointed-contrast-8",
+            "keys by value",
+            "pointed, contrast 8",
+            (by_value, pointed(contrast=8.0), each),
+        ),
         Form("attention", "equal", "snapkv"),
         Form("attention", "pooled in layers", "adakv"),
         *(

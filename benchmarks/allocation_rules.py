@@ -14,4 +14,6 @@ CHOSEN = "pointed"
 
 def pointed(*, contrast: float) -> Proportional:
     """Budgets of a text by how pointedly single queries look far back."""
-    return Proportional(window=TEXT_WINDOW, scope="model", statistic="pointed", grouping_queries=64, contrast=contrast)
+    return Proportional(
+        window=TEXT_WINDOW, scope="model", statistic="pointed", most=16.0, grouping_queries=64, contrast=contrast
+    )

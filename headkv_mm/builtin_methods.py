@@ -87,8 +87,8 @@ register_method(
     # A later question is not known, so as in headkv entries are told apart by their keys. Few heads look up single far
     # tokens of a text, and those need nearly everything: hence the contrast.
     text=Pieces(
-        KeyDifference(by_value=True),
-        Proportional(statistic="pointed", scope="model", window=8, grouping_queries=64, contrast=8.0),
+        KeyDifference(),
+        Proportional(statistic="pointed", scope="model", most=16.0, window=8, grouping_queries=64, contrast=8.0),
         _BY_SCORE,
         EachInterval(),
     ),
