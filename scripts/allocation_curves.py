@@ -98,9 +98,10 @@ def _name_axes(axes: Axes, least: float, most: float) -> None:
     from matplotlib.ticker import FuncFormatter, NullLocator
 
     axes.set_xscale("log", base=2)
-    axes.set_xticks([2.0**power for power in range(math.floor(math.log2(least)), math.ceil(math.log2(most)) + 1)])
+    halves = range(2 * math.floor(math.log2(least)), 2 * math.ceil(math.log2(most)) + 1)
+    axes.set_xticks([2.0 ** (power / 2) for power in halves])
     axes.set_xlim(least / 1.08, most * 1.08)
-    axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{100 * value:.3g} %"))
+    axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{100 * value:.2g} %"))
     axes.xaxis.set_minor_locator(NullLocator())
     axes.set_xlabel("Bytes held, as a share of the full cache", fontsize=9)
     axes.set_ylabel("% right", fontsize=9)
