@@ -19,6 +19,7 @@ from headkv_mm.evaluation.tables import percent, table
 
 EXPLORATION = "allocation_exploration/results.json"
 HELD_OUT = "allocation_held_out/results.json"
+HELD_OUT_DEEP = "allocation_held_out_deep/results.json"
 NOT_RUN = "There are no results yet."
 
 
@@ -40,6 +41,11 @@ def held_out_images() -> str:
 def held_out_texts() -> str:
     """The same on documents."""
     return _held_out("text")
+
+
+def held_out_deep() -> str:
+    """The chosen rule against others on an image model twice as deep."""
+    return quality(load(HELD_OUT_DEEP)["images"])
 
 
 def _forms(kind: str) -> str:

@@ -54,6 +54,7 @@ MAKERS: dict[str, Callable[[], str]] = {
     "allocation-forms-text": allocation_tables.forms_of_texts,
     "allocation-held-out-images": allocation_tables.held_out_images,
     "allocation-held-out-text": allocation_tables.held_out_texts,
+    "held-out-deep": allocation_tables.held_out_deep,
     "held-out-images-short": allocation_tables.held_out_images_short,
     "held-out-text-short": allocation_tables.held_out_texts_short,
     "images": method_tables.images,
