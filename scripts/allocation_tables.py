@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from result_files import RESULTS, load
+from result_files import load
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "benchmarks"))
 
@@ -20,7 +20,6 @@ from headkv_mm.evaluation.tables import percent, table
 EXPLORATION = "allocation_exploration/results.json"
 HELD_OUT = "allocation_held_out/results.json"
 HELD_OUT_DEEP = "allocation_held_out_deep/results.json"
-NOT_RUN = "There are no results yet."
 
 
 def forms_of_images() -> str:
@@ -80,10 +79,7 @@ def _cell(run: Mapping[str, Any] | None, kind: str) -> str:
 
 
 def _held_out(kind: str) -> str:
-    content = load(HELD_OUT) if (RESULTS / HELD_OUT).is_file() else {}
-    if kind not in content:
-        return NOT_RUN
-    part = content[kind]
+    part = load(HELD_OUT)[kind]
     return "\n\n".join((described(part), quality(part), "Intervals that do not overlap:", verdicts(part)))
 
 
